@@ -1,0 +1,69 @@
+"""Pure functions on boxes.
+
+One convention throughout the core: floating point ``(x1, y1, x2, y2)`` in continuous pixels of the network input,
+half open (``width = x2 - x1``, no ``+ 1``), origin at the top left corner. The core runs where torchvision is not
+installed (an exported detector needs none), hence the few lines of area, IoU and clipping here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A box may shrink or grow by this factor in one decoding; keeps exp() finite for any finite step.
+MAX_LOG_SCALE = 4.0
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Area of each box, (N,); 0 for empty and inverted boxes. ``boxes``: (N, 4) xyxy."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).unbind(1)
+    return width * height
+
+
+def _iou(top_left: Tensor, bottom_right: Tensor, area_a: Tensor, area_b: Tensor) -> Tensor:
+    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
+    union = area_a + area_b - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of row ``i`` of ``a`` with row ``i`` of ``b``: two (N, 4) xyxy to (N,) in [0, 1]. Empty boxes give 0."""
+    return _iou(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]), box_area(a), box_area(b))
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of every row of ``a`` with every row of ``b``: (N, 4), (M, 4) xyxy to (N, M) in [0, 1]."""
+    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])  # (N, M, 2)
+    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])  # (N, M, 2)
+    return _iou(top_left, bottom_right, box_area(a)[:, None], box_area(b)[None, :])
+
+
+def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Boxes cut to ``image_size = (height, width)``; a new (N, 4) tensor."""
+    height, width = image_size
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def valid_boxes(boxes: Tensor) -> Tensor:
+    """Mask (N,) of the boxes that are finite and have positive width and height."""
+    return torch.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes in coordinates relative to ``anchors``: ``((cx - cx') / w', (cy - cy') / h', log(w / w'), log(h / h'))``.
+
+    Law: ``decode_boxes(encode_boxes(b, a), a) == b`` for valid boxes (up to rounding, and up to the
+    :data:`MAX_LOG_SCALE` clamp). Both arguments (N, 4) xyxy, result (N, 4).
+    """
+    size, anchor_size = boxes[:, 2:] - boxes[:, :2], anchors[:, 2:] - anchors[:, :2]
+    shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / (2 * anchor_size)
+    return torch.cat([shift, (size / anchor_size).log()], 1)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Inverse of :func:`encode_boxes`: (N, 4) relative coordinates to (N, 4) xyxy."""
+    anchor_size = anchors[:, 2:] - anchors[:, :2]
+    center = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * anchor_size
+    half = anchor_size * deltas[:, 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp() / 2
+    return torch.cat([center - half, center + half], 1)
