@@ -48,6 +48,7 @@ class OnnxAdapter:
         nms_threshold: IoU above which the detector's own suppression removes a box.
 
     Raises:
+        TypeError: ``path`` is no path.
         DataError: the file cannot be read, or is not of the layout.
         ValueError: the feature maps cannot be found, or do not fit together.
     """
@@ -65,9 +66,12 @@ class OnnxAdapter:
         check_choice("layout", layout, _DECODERS)
         check_fraction("score_threshold", score_threshold)
         check_fraction("nms_threshold", nms_threshold)
+        if not isinstance(path, (str, Path)):
+            raise TypeError(f"The ONNX adapter takes the path of an ONNX file, got {type(path).__name__}.")
         self.path = Path(path)
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         model, self._fingerprint = _load(self.path)
+        _check_raw(model, self.path)
         self._decode = _DECODERS[layout]
         self._outputs = [output.name for output in model.graph.output]
         if features is None:
@@ -76,8 +80,8 @@ class OnnxAdapter:
             self.features = _checked_names(model, features, self.path)
             # Other maps are another detector to whoever learned from them.
             self._fingerprint = hashlib.sha256(f"{self._fingerprint} {self.features}".encode()).hexdigest()
-        self.detector = _session(model, self.features)
-        self._input, self.input_size = _input(self.detector, self.path)
+        self._session = _session(model, self.features)
+        self._input, self.input_size = _input(self._session, self.path)
         self._look_once(strides)
 
     def _look_once(self, strides: Sequence[float] | None) -> None:
@@ -97,6 +101,11 @@ class OnnxAdapter:
     def from_name(cls, name: str) -> OnnxAdapter:
         """The YOLOX export in the file ``name``."""
         return cls(name)
+
+    @property
+    def detector(self) -> OnnxAdapter:
+        """What is called for the detector's own result: this object."""
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +180,7 @@ class OnnxAdapter:
         return FeatureMaps(tuple(levels), self.strides, tuple(sizes)), candidates, frames
 
     def _forward(self, pixels: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
-        values = self.detector.run([*self._outputs, *self.features], {self._input: pixels})
+        values = self._session.run([*self._outputs, *self.features], {self._input: pixels})
         tensors = [torch.from_numpy(value) for value in values]
         return tensors[: len(self._outputs)], tensors[len(self._outputs) :]
 
@@ -214,9 +223,9 @@ def _decode_yolox(outputs: list[Tensor], size: tuple[int, int]) -> tuple[Tensor,
     corners = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1) * s for h, w, s in grids]
     corner = torch.cat(corners)  # (N, 2), x and y of each cell's corner
     stride = torch.cat([torch.full((h * w, 1), float(s)) for h, w, s in grids])  # (N, 1)
-    center, log_size, objectness, classes = outputs[0][0].float().split([2, 2, 1, shapes[0][2] - 5], 1)
-    center, half = corner + center * stride, log_size.exp() * stride / 2
-    return torch.cat([center - half, center + half], 1), objectness * classes
+    rows = outputs[0][0].float()  # (N, 5 + classes)
+    center, half = corner + rows[:, :2] * stride, rows[:, 2:4].exp() * stride / 2
+    return torch.cat([center - half, center + half], 1), rows[:, 4:5] * rows[:, 5:]
 
 
 #: Layout to the function that turns the graph's outputs into boxes and scores.
@@ -233,7 +242,7 @@ def _stride(name: str, level: Tensor, size: tuple[int, int]) -> float:
     ratios = {size[0] / level.shape[2], size[1] / level.shape[3]} if level.ndim == 4 and level.numel() else set()
     if len(ratios) != 1:
         raise ValueError(
-            f"`features`: {name!r} has shape {tuple(level.shape)}, which is no feature map (1, C, H / stride, W / stride) "
+            f"`features`: {name!r} has shape {tuple(level.shape)}, not a feature map's (1, C, H / stride, W / stride) "
             f"of an input of {size[0]} x {size[1]}. Name another tensor, or give `strides`."
         )
     return ratios.pop()
@@ -259,6 +268,15 @@ def _load(path: Path) -> tuple[Any, str]:
     return model, digest.hexdigest()
 
 
+def _check_raw(model: Any, path: Path) -> None:
+    # The shapes of raw and decoded output are the same, but sizes become pixels by an exponential.
+    if any(node.op_type == "Exp" for node in model.graph.node):
+        raise DataError(
+            f'{path} already decodes its boxes (it holds an "Exp" node); `layout="yolox"` takes the raw output. '
+            "Export it without --decode_in_inference."
+        )
+
+
 def _session(model: Any, features: Sequence[str]) -> Any:
     """The model as onnxruntime runs it, with ``features`` among its outputs."""
     onnx = require("onnx", extra="onnx", purpose=_PURPOSE)
@@ -275,8 +293,9 @@ def _input(session: Any, path: Path) -> tuple[str, tuple[int, int]]:
     inputs = session.get_inputs()
     shapes = [f"{found.type} {found.shape}" for found in inputs]
     if len(inputs) == 1 and inputs[0].type == "tensor(float)" and len(inputs[0].shape) == 4:
-        batch, channels, height, width = inputs[0].shape
-        if (batch == 1 or not isinstance(batch, int)) and channels == 3 and isinstance(height, int) and isinstance(width, int):
+        batch, channels, height, width = inputs[0].shape  # a name or None where the size is open
+        fits = channels == 3 and (batch == 1 or not isinstance(batch, int))
+        if fits and isinstance(height, int) and isinstance(width, int):
             return inputs[0].name, (height, width)
     raise DataError(
         f"{path} must have one input, tensor(float) [1, 3, height, width] of fixed height and width, got "
@@ -289,8 +308,8 @@ def _checked_names(model: Any, features: Sequence[str], path: Path) -> list[str]
     for name in features:
         if name not in known:
             raise ValueError(
-                f"`features` names {name!r}, which no node of {path} computes.{did_you_mean(name, known)}\n"
-                f"{_candidate_names(model)}"
+                f"`features` names {name!r}, which no node of {path} computes.{did_you_mean(name, known)} "
+                f"{_some_names(model)}"
             )
     return list(features)
 
@@ -308,7 +327,8 @@ def _yolox_neck(model: Any, path: Path) -> list[str]:
         """The tensors whose concatenation, however rearranged, ``name`` is."""
         while name in producer and nodes[producer[name]].op_type in _RESHAPING:
             name = nodes[producer[name]].input[0]
-        return list(nodes[producer[name]].input) if name in producer and nodes[producer[name]].op_type == "Concat" else []
+        node = nodes[producer[name]] if name in producer else None
+        return list(node.input) if node is not None and node.op_type == "Concat" else []
 
     def convolutions(name: str) -> set[int]:
         """The convolutions that ``name`` depends on."""
@@ -326,7 +346,20 @@ def _yolox_neck(model: Any, path: Path) -> list[str]:
     shared = [set.intersection(*level) if level else set() for level in parts]
     if len(levels) != len(_YOLOX_STRIDES) or not all(shared):
         raise ValueError(
-            f"The feature maps of {path} cannot be found: its output is not joined from the three levels of a YOLOX head. "
-            f"Name them with `features`, finest first.\n{_candidate_names(model)}"
+            f"The feature maps of {path} cannot be found: its output does not join the {len(_YOLOX_STRIDES)} levels of "
+            f"a YOLOX head. Name them with `features`, finest first. {_some_names(model)}"
         )
     return [nodes[max(level)].input[0] for level in shared]
+
+
+def _some_names(model: Any) -> str:
+    """The latest maps of the three smallest sizes that convolutions read: where feature maps are usually found."""
+    onnx = require("onnx", extra="onnx", purpose=_PURPOSE)
+    read = {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for value in onnx.shape_inference.infer_shapes(model).graph.value_info:
+        shape = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        if value.name in read and len(shape) == 4 and all(shape[1:]):
+            sizes.setdefault(shape[2:], []).append(f"{value.name!r} ({shape[1]} channels)")
+    lists = [f"{size[0]} x {size[1]}: {', '.join(sizes[size][-16:])}" for size in sorted(sizes, reverse=True)[-3:]]
+    return f"Maps that convolutions read, the latest of each size: {'; '.join(lists) or 'none'}."

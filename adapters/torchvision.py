@@ -97,7 +97,7 @@ class TorchvisionAdapter:
 
         def look(features: FeatureMaps, candidates: list[Detections], shapes: Sequence[tuple[int, int]]) -> Any:
             seen.append((features, candidates, shapes))
-            return [detections[:0] for detections in candidates]  # type: ignore[index]
+            return [detections[:0] for detections in candidates]
 
         with torch.no_grad():
             _twin(self.detector, look)(images)

@@ -31,6 +31,9 @@
 //
 // Box policy. Empty or inverted: 0, gradient 0. A coordinate that is not finite, or a map that does not exist: NaN.
 //
+// Launch bounds name the resident blocks that registers must allow (4: 64 registers at 256 threads, 3: 80). Left to
+// itself the compiler aims for more blocks and pays with spills.
+//
 // Built with -DPRROI_BINS=<bins per side> -DPRROI_LANES=<channels per load> -DPRROI_THREADS=<threads per block>
 // -DPRROI_FLOAT32 | -DPRROI_FLOAT16 | -DPRROI_BFLOAT16. Needs no header.
 
@@ -38,8 +41,6 @@ constexpr int BINS = PRROI_BINS;
 constexpr int LANES = PRROI_LANES;
 constexpr int X = 0, Y = 1;  // axes, in the order of box coordinates
 constexpr int WARP = 32;
-// Resident blocks per multiprocessor that registers must allow; left to itself ptxas spills a few to allow for more.
-constexpr int BLOCKS = 4;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LARGEST = 3.402823466e38f;
 constexpr float SMALLEST = 1.175494351e-38f;
@@ -220,7 +221,7 @@ __device__ __forceinline__ void fill(const Map& map, const float* __restrict__ b
 
 // ---- Forward. Block (box, slice): its threads share the bins and channels of one box with those of other slices. ----
 
-extern "C" __global__ void __launch_bounds__(PRROI_THREADS, BLOCKS) prroi_forward(
+extern "C" __global__ void __launch_bounds__(PRROI_THREADS, 4) prroi_forward(
     const Pack* __restrict__ table, long long rows, int packs, const int* __restrict__ sizes,
     const long long* __restrict__ offsets, const float* __restrict__ strides, int maps, const float* __restrict__ boxes,
     const int* __restrict__ map_index, float shift, Pack* __restrict__ output) {
@@ -263,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(PRROI_THREADS, BLOCKS) prroi_forwar
 
 // ---- Gradient to the boxes. One block per box, sums in registers, one store: no atomics, the same bits every time. ----
 
-extern "C" __global__ void __launch_bounds__(PRROI_THREADS, BLOCKS) prroi_backward_boxes(
+extern "C" __global__ void __launch_bounds__(PRROI_THREADS, 3) prroi_backward_boxes(
     const Pack* __restrict__ grad, const Pack* __restrict__ table, long long rows, int packs,
     const int* __restrict__ sizes, const long long* __restrict__ offsets, const float* __restrict__ strides, int maps,
     const float* __restrict__ boxes, const int* __restrict__ map_index, float shift, float* __restrict__ grad_boxes) {
@@ -315,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(PRROI_THREADS, BLOCKS) prroi_backwa
     __syncthreads();
     if (threadIdx.x < 4) {
         float sum = blank;
-        for (int warp = 0; warp < blockDim.x / WARP; ++warp) sum += partial[warp][threadIdx.x];
+        for (unsigned warp = 0; warp < blockDim.x / WARP; ++warp) sum += partial[warp][threadIdx.x];
         grad_boxes[4 * box + threadIdx.x] = sum / map.stride;  // from cells to pixels
     }
 }
@@ -329,7 +330,7 @@ __device__ __forceinline__ bool reaches(const Span& span, float cell) {
     return span.start < cell + 1.f && edge_of(span, BINS) > cell - 1.f;
 }
 
-extern "C" __global__ void __launch_bounds__(PRROI_THREADS, BLOCKS) prroi_backward_table(
+extern "C" __global__ void __launch_bounds__(PRROI_THREADS, 4) prroi_backward_table(
     const Pack* __restrict__ grad, long long rows, int packs, const int* __restrict__ sizes,
     const long long* __restrict__ offsets, const float* __restrict__ strides, int maps, const float* __restrict__ boxes,
     const int* __restrict__ map_index, int count, float shift, Pack* __restrict__ grad_table) {
@@ -357,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(PRROI_THREADS, BLOCKS) prroi_backwa
         if (threadIdx.x % WARP == 0) found[threadIdx.x / WARP] = votes;
         __syncthreads();
         // All threads add the boxes that were found, one after another.
-        for (int warp = 0; warp < blockDim.x / WARP; ++warp) {
+        for (unsigned warp = 0; warp < blockDim.x / WARP; ++warp) {
             for (unsigned left = found[warp]; left; left &= left - 1) {
                 const long long box = begin + warp * WARP + __ffs(left) - 1;
                 for (int entry = threadIdx.x; entry < 2 * BINS; entry += blockDim.x) {

@@ -414,7 +414,8 @@ def iter_results(path: str | Path, report: Callable[[Problem], None]) -> Iterato
 
 
 def _decode_one_by_one(window: _Window, first: int, report: Callable[[Problem], None]) -> Chunk:
-    parts, numbers, position = [], [], 0
+    """The readable records of a window in which something is wrong, all else reported."""
+    readable, numbers, position = [], [], 0
     for number, (start, end) in enumerate(zip(window.starts.tolist(), window.ends.tolist(), strict=True), first):
         gap = window.data[position:start].strip()
         if gap != (b"" if number == 1 else b","):
@@ -423,13 +424,16 @@ def _decode_one_by_one(window: _Window, first: int, report: Callable[[Problem], 
             report(Problem("E102", number, None, f"expected {expected} {where}, found {_quoted(gap)}."))
         position, text = end, window.data[start:end]
         try:
-            parts.append(_decode(b"[" + text + b"]"))
-            numbers.append(number)
+            _RECORDS.decode(b"[" + text + b"]")
+            _OBJECTS.decode(b"[" + text + b"]")
         except _UNDECODABLE as error:
             image_id, faults = _faults(text)
             for code, what in faults or [("E202", f"{error}.")]:
                 report(Problem(code, number, image_id, what))
-    return Chunk(Results.concat(parts), np.array(numbers, np.int64))
+        else:
+            readable.append(text)
+            numbers.append(number)
+    return Chunk(_decode(b"[" + b",".join(readable) + b"]"), np.array(numbers, np.int64))
 
 
 def _faults(text: bytes) -> tuple[int | None, list[tuple[str, str]]]:

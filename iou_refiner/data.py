@@ -5,8 +5,8 @@ Frozen dataclasses, validated once when they are made; everything after may rely
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Detections:
         scores: (N,) float class scores in [0, 1].
         labels: (N,) int64, the detector's own class numbers.
         ious: (N,) float predicted IoU in [0, 1], or None while nobody has predicted it.
+        source: (N,) int64, the row of the input each detection comes from, or None where nobody asked. It travels with
+            the rows, so that what a stage returns can be joined with what it was given.
 
     Raises:
         ValueError: lengths or devices disagree.
@@ -85,10 +87,12 @@ class Detections:
     scores: Tensor
     labels: Tensor
     ious: Tensor | None = None
+    source: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_boxes("boxes", self.boxes)
-        for name, values in (("scores", self.scores), ("labels", self.labels), ("ious", self.ious)):
+        for name in ("scores", "labels", "ious", "source"):
+            values = getattr(self, name)
             if values is not None:
                 check_vector(name, values, len(self.boxes), like="boxes")
                 check_same_device(name, values, "boxes", self.boxes)
@@ -99,19 +103,21 @@ class Detections:
         """Number of boxes."""
         return len(self.boxes)
 
-    def __getitem__(self, index: Tensor) -> Detections:
-        """The rows that an index tensor or a boolean mask selects."""
-        ious = None if self.ious is None else self.ious[index]
-        return Detections(self.boxes[index], self.scores[index], self.labels[index], ious)
+    def __getitem__(self, rows: Tensor | slice) -> Detections:
+        """The rows that an index tensor, a boolean mask or a slice selects."""
+        return self._map(lambda values: values[rows])
 
-    def replace(self, **fields: Tensor | None) -> Detections:
+    def replace(self, **changes: Tensor | None) -> Detections:
         """A copy with some fields exchanged."""
-        return replace(self, **fields)  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections on another device."""
-        ious = None if self.ious is None else self.ious.to(device)
-        return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), ious)
+        return self._map(lambda values: values.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Detections:
+        columns = (getattr(self, field.name) for field in fields(self))
+        return Detections(*(None if values is None else change(values) for values in columns))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,13 @@ def evaluate(results: Results, ground_truth: GroundTruth, *, max_dets: int = 100
         max_dets: how many detections count, the best scored, **per image and category** as in pycocotools. The COCO
             server cuts per image over all categories.
 
+    Returns:
+        AP, AP50 to AP90, AP by size (APs, APm, APl) and AR at ``max_dets``, plus AP of each category.
+
     Raises:
-        DataError: a box or score is not finite, a size is negative, an image or category is unknown; also on a box of
-            the ground truth. The message names the first such record, counting from 1.
+        DataError: a box or score is not finite, a size is negative or absurdly large, an image or category is unknown,
+            or a box of the ground truth is broken. The message names the first such record, counting from 1.
+        ValueError: ``max_dets`` is not positive.
     """
     check_positive("max_dets", max_dets)
     check(ground_truth, results=results)
@@ -145,6 +149,8 @@ class Calibration:
 def true_iou(results: Results, ground_truth: GroundTruth) -> FloatArray:
     """IoU of each record with the best object of its image and category.
 
+    Unlike in the matching of AP, several records may have the same best object.
+
     Returns:
         (n,) in [0, 1]; 0 where there is no such object. NaN, "not judged", where a crowd region covers at least half of
         the box, and more of it than the IoU with the best object: pycocotools ignores such detections.
@@ -172,11 +178,11 @@ def ranking(predicted: FloatArray, true: FloatArray, *, above: float = 0.5) -> R
 
     Args:
         predicted: (n,) predicted IoU.
-        true: (n,) true IoU, of :func:`true_iou`; NaN where not judged, which is left out.
+        true: (n,) true IoU, as :func:`true_iou` gives it; NaN, not judged, is left out.
         above: a true IoU up to this is left out; a detector's many misses would otherwise drown the order among hits.
 
     Raises:
-        ValueError: lengths differ, or a predicted IoU lies outside [0, 1].
+        ValueError: lengths differ, or an IoU lies outside [0, 1].
     """
     predicted, true = _pairs(predicted, true, above)
     error = float(np.abs(predicted - true).mean()) if len(true) else float("nan")
@@ -188,11 +194,11 @@ def calibration(predicted: FloatArray, true: FloatArray, bins: int = 10) -> Cali
 
     Args:
         predicted: (n,) predicted IoU.
-        true: (n,) true IoU, of :func:`true_iou`; NaN where not judged, which is left out.
+        true: (n,) true IoU, as :func:`true_iou` gives it; NaN, not judged, is left out.
         bins: how many.
 
     Raises:
-        ValueError: lengths differ, or a predicted IoU lies outside [0, 1], or there is no bin.
+        ValueError: lengths differ, or an IoU lies outside [0, 1], or there is no bin.
     """
     check_positive("bins", bins)
     predicted, true = _pairs(predicted, true, -np.inf)

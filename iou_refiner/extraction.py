@@ -158,6 +158,12 @@ class FeatureCache:
             self._write(extraction, flip)
             yield extraction
 
+    def get(self, folder: str | Path, image: Image) -> Extraction:
+        """What the detector sees in an image, from the cache, or from the detector into the cache."""
+        for _ in self.fill(folder, [image]):
+            pass
+        return self.load(image.id)
+
     def load(self, image_id: int, *, flip: bool = False) -> Extraction:
         """One extraction; features in float32.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from iou_refiner._checks import check_choice, check_fraction, check_positive
 from iou_refiner.boxes import clip_boxes, valid_boxes
 from iou_refiner.data import Detections, FeatureMaps
+from iou_refiner.detectors import as_adapter
 from iou_refiner.extraction import Adapter
 from iou_refiner.nms import iou_guided_nms, nms, soft_nms
 from iou_refiner.pooling import FeaturePyramid
@@ -222,28 +222,6 @@ def check_head(head: IoUPredictor, adapter: Adapter) -> None:
             f"{head.detector[:12]}, this one {adapter.fingerprint()[:12]}): its predictions would mean nothing here. "
             "Use the detector it was trained on, or train a head for this one."
         )
-
-
-def as_adapter(detector: Any) -> Adapter:
-    """The adapter of a live detector, found by the framework its class comes from.
-
-    Adapters are entry points of the group ``iou_refiner.adapters``, named after the root package of their framework.
-
-    Raises:
-        TypeError: the framework has no adapter.
-    """
-    if hasattr(detector, "extract") and hasattr(detector, "run"):
-        adapter: Adapter = detector
-        return adapter
-    roots = {kind.__module__.partition(".")[0] for kind in type(detector).__mro__}
-    known = {point.name: point for point in entry_points(group="iou_refiner.adapters")}
-    for name in sorted(roots & known.keys()):
-        adapter = known[name].load()(detector)
-        return adapter
-    raise TypeError(
-        f"No adapter for a detector of type {type(detector).__module__}.{type(detector).__qualname__}. Installed: "
-        f"{', '.join(sorted(known)) or 'none'}. Bring your own: an object with the methods of iou_refiner.Adapter."
-    )
 
 
 def _plain(features: FeatureMaps) -> FeatureMaps:

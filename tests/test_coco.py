@@ -270,7 +270,7 @@ def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
 
 
 def test_a_record_without_end_stops_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "_WINDOW", 1 << 10)
+    monkeypatch.setattr(coco, "_WINDOW", 1 << 17)
     monkeypatch.setattr(coco, "_LONGEST_RECORD", 1 << 20)
     path = put(tmp_path, b'[{"image_id": "1, ' + b"." * (2 << 20) + b"}]")
     with pytest.raises(DataError, match="what begins at byte 1 is no record: no end within 1 MiB"):
@@ -327,6 +327,20 @@ def test_written_bytes(tmp_path: Path) -> None:
         '[\n{"image_id":7,"category_id":7,"bbox":[1.23,0.0,10.0,20.5],"score":0.123457,"note":"é"},\n'
         '{"image_id":3,"category_id":3,"bbox":[0.0,0.0,1.0,1.0],"score":1.0}\n]\n'
     )
+
+
+def test_gzip_holds_no_time_and_no_name(tmp_path: Path) -> None:
+    write_results(tmp_path / "out.json.gz", Results.concat([]))
+    header = (tmp_path / "out.json.gz").read_bytes()[3:8]
+    assert header == bytes(5)  # no flags, so no name; time 0
+
+
+def test_the_old_file_is_replaced_not_overwritten(tmp_path: Path) -> None:
+    path = put(tmp_path, b"before")
+    (tmp_path / "link").hardlink_to(path)
+    write_results(path, Results.concat([]))
+    assert (tmp_path / "link").read_bytes() == b"before"
+    assert json.loads(path.read_bytes()) == []
 
 
 def test_chunks_of_writing_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

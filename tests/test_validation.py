@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iou_refiner import validation
@@ -30,7 +30,7 @@ def good_truth() -> Truth:
     return {
         "images": [
             {"id": image, "file_name": f"{image + 1000:012}.jpg", "width": width, "height": height}
-            for image, (width, height) in SIZES.items()
+            for image, (width, height) in reversed(SIZES.items())  # ids need not ascend
         ],
         "annotations": [
             {"id": 1 + index, "image_id": image, "category_id": 5, "bbox": [1, 2, 30, 40], "area": 900, "iscrowd": 0}
@@ -70,6 +70,10 @@ def run(tmp_path: Path, rows: Any, truth: Any = None, **options: Any) -> Report:
 def only(report: Report) -> Finding:
     assert len(report.findings) == 1, format_report(report)
     return report.findings[0]
+
+
+def codes_of(report: Report) -> list[str]:
+    return [finding.code for finding in report.findings]
 
 
 @pytest.mark.parametrize("truth", [None, good_truth()])
@@ -127,7 +131,7 @@ RECORDS: dict[str, tuple[str, Callable[[Rows], Any], int, str]] = {
     "E202 null": ("E202", one(category_id=None), 1, "without quotes"),
     "E202 bool": ("E202", one(score=True), 1, "without quotes"),
     "E203": ("E203", one(bbox=[1, 2, 3]), 1, "[x, y, width, height]"),
-    "E205": ("E205", one(bbox=[5, 5, -2, 3]), 1, "negative width"),
+    "E205": ("E205", one(bbox=[5, 5, -2, 0]), 1, "negative width"),
     "E301": ("E301", one(image_id=999_999), 1, "(999999). Is this the ground truth of the same split?"),
     "E301 stem": ("E301", every(lambda r: {"image_id": r["image_id"] + 1000}), 60, "file name stems"),
     "E301 place": (
@@ -149,13 +153,13 @@ RECORDS: dict[str, tuple[str, Callable[[Rows], Any], int, str]] = {
         20,
         "contiguous labels (yours are 1..6, its 6 are 1..90 with gaps)",
     ),
-    "E303 percent": ("E303", every(lambda r: {"score": 100 * r["score"]}), 59, "percent: divide by 100"),
+    "E303 percent": ("E303", every(lambda r: {"score": 100 * r["score"]}), 58, "percent: divide by 100"),
     "E303 logit": ("E303", one(score=-2.5), 1, "logits: apply the sigmoid"),
     "E303 other": ("E303", one(score=1000.5), 1, "Bring them to [0, 1]"),
     "E303 iou": ("E303", every(lambda r: {"iou": 1.5}), 60, "iou outside [0, 1]"),
     "E501": ("E501", every(as_corners), 60, "look like [x1, y1, x2, y2]"),
     "E502": ("E502", every(lambda r: {"bbox": [value / 700 for value in r["bbox"]]}), 60, "look normalised"),
-    "E503": ("E503", every(lambda r: {"bbox": [1.6 * value for value in r["bbox"]]}), 27, "by a factor of about 1.5"),
+    "E503": ("E503", every(lambda r: {"bbox": [1.6 * value for value in r["bbox"]]}), 55, "by a factor of about 1.5"),
     "W205": ("W205", one(bbox=[5, 5, 0, 3]), 1, "zero width"),
     "W206": ("W206", one(bbox=[5, 5, 630, 3]), 1, "reach more than 1 pixel beyond"),
     "W210": ("W210", lambda rows: rows.extend([rows[3], rows[3], rows[4]]), 3, "exact duplicates"),
@@ -197,16 +201,27 @@ def test_corner_boxes_are_seen_without_ground_truth(tmp_path: Path) -> None:
     assert only(run(tmp_path, rows)).code == "E501"
 
 
+def test_large_boxes_inside_their_images_are_not_corners(tmp_path: Path) -> None:
+    rows = good_rows()
+    for row in rows:
+        row["bbox"] = [round(share * side, 2) for share in (0.349, 0.601) for side in SIZES[row["image_id"]]]
+    assert "E501" not in codes_of(run(tmp_path, rows, good_truth()))
+
+
+def test_boxes_a_little_outside_are_no_resized_frame(tmp_path: Path) -> None:
+    rows = good_rows()
+    for row in rows:
+        row["bbox"] = [1.5, 2.5, *(1.03 * side for side in SIZES[row["image_id"]])]
+    assert "W206" in codes_of(run(tmp_path, rows, good_truth()))
+    assert "E503" not in codes_of(run(tmp_path, rows, good_truth()))
+
+
 def test_large_boxes_near_the_origin_are_not_corners(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     rows = good_rows()
     for row in rows:
         row["bbox"] = [*rng.uniform(0, 30, 2).round(2).tolist(), *rng.uniform(100, 280, 2).round(2).tolist()]
-    assert validate_codes(run(tmp_path, rows)) == []
-
-
-def validate_codes(report: Report) -> list[str]:
-    return [finding.code for finding in report.findings]
+    assert codes_of(run(tmp_path, rows)) == []
 
 
 @pytest.mark.parametrize(
@@ -271,7 +286,7 @@ def test_one_fault_hides_no_other(tmp_path: Path) -> None:
     truth = good_truth()
     truth["annotations"][0]["id"] = 0
     report = run(tmp_path, rows, truth)
-    assert validate_codes(report) == ["E103", "E201", "E202", "E205", "E301", "E401", "W210"]
+    assert codes_of(report) == ["E103", "E201", "E202", "E205", "E301", "E401", "W210"]
     places = {finding.code: [example.record for example in finding.examples] for finding in report.findings}
     assert places == {
         "E103": [12],
@@ -289,7 +304,7 @@ def test_what_stands_before_a_break_is_still_checked(tmp_path: Path) -> None:
     rows = good_rows()
     rows[1]["score"] = 7.5
     report = run(tmp_path, json.dumps(rows).encode()[:-9])
-    assert validate_codes(report) == ["E102", "E303"]
+    assert codes_of(report) == ["E102", "E303"]
     assert report.records == 59
 
 
@@ -362,21 +377,19 @@ def greedy_nms(rows: Rows, threshold: float) -> Rows:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
-@settings(deadline=None, max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 99))
-def test_nms_is_recognised_and_its_absence_too(tmp_path: Path, threshold: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_nms_is_recognised_and_its_absence_too(tmp_path: Path, threshold: float) -> None:
+    rng = np.random.default_rng(0)
     rows = []
-    for image in SIZES:
-        objects = rng.uniform(0, 200, (4, 4)) + [0, 0, 40, 40]
-        for box in objects[rng.integers(0, 4, 90)] + rng.normal(0, 8, (90, 4)):
+    for image in range(15):
+        objects = rng.uniform(0, 200, (4, 4)) + np.array([0, 0, 40, 40])
+        for box in objects[rng.integers(0, 4, 60)] + rng.normal(0, 12, (60, 4)):
             score = float(rng.uniform(0.001, 1))
             rows.append({"image_id": image, "category_id": 1, "bbox": box.clip(1).tolist(), "score": score})
-    assert "W220" not in validate_codes(run(tmp_path, rows))
+    assert "W220" not in codes_of(run(tmp_path, rows))
     report = run(tmp_path, greedy_nms(rows, threshold))
     messages = [finding.message for finding in report.findings if finding.code == "W220"]
     assert len(messages) == 1
-    assert abs(float(messages[0].split("about ")[1][:4]) - threshold) <= 0.03
+    assert abs(float(messages[0].split("about ")[1][:4]) - threshold) <= 0.01
 
 
 def test_the_sample_of_pairs_is_bounded_and_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,152 @@
+"""Whole data sets: candidates of a detector to COCO results, and COCO results to better ones.
+
+Both walk over the images of an annotation file and yield one image's results at a time, so memory does not grow with
+the number of images. Where an image's features come from is the caller's: the live detector or a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from iou_refiner._checks import DataError, did_you_mean
+from iou_refiner.boxes import clip_boxes, valid_boxes
+from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy, xyxy_to_xywh
+from iou_refiner.data import Detections
+from iou_refiner.extraction import Extraction
+from iou_refiner.refiner import Stage
+
+#: Gives what the detector saw in an image: ``functools.partial(extract_image, adapter, folder)``, or a cache.
+Look = Callable[[Image], Extraction]
+
+
+def category_map(category_ids: Mapping[int, int] | None, ground_truth: GroundTruth) -> dict[int, int]:
+    """Category id of each of the detector's labels that the annotation knows.
+
+    Args:
+        category_ids: of the adapter: id of each label, or None where labels are ids.
+        ground_truth: the annotation.
+
+    Raises:
+        DataError: detector and annotation share no category.
+    """
+    known = [category.id for category in ground_truth.categories]
+    mapping = {i: i for i in known} if category_ids is None else dict(category_ids)
+    shared = {label: category for label, category in mapping.items() if category in known}
+    if not shared:
+        raise DataError(
+            f"The detector and the annotation share no category: the detector has {_some(mapping.values())}, "
+            f"the annotation {_some(known)}. Give the adapter `category_ids`, a dict from its labels to these ids."
+        )
+    return shared
+
+
+def dump_candidates(
+    look: Look, category_ids: Mapping[int, int] | None, ground_truth: GroundTruth, *, top: int = 1000
+) -> Iterator[Results]:
+    """A detector's candidates before suppression as COCO results, one image at a time.
+
+    Only categories of the annotation are kept, and of each image the ``top`` candidates by score.
+    """
+    shared = category_map(category_ids, ground_truth)
+    labels = torch.tensor(sorted(shared), dtype=torch.int64)
+    for image in ground_truth.images:
+        extraction = look(image)
+        found = extraction.candidates.to("cpu")
+        found = found[torch.isin(found.labels, labels)]
+        found = found[found.scores.argsort(descending=True, stable=True)[:top]]
+        yield _to_results(image, extraction, found, shared)
+
+
+def rescore(
+    look: Look,
+    category_ids: Mapping[int, int] | None,
+    stage: Stage,
+    results: Results,
+    ground_truth: GroundTruth,
+    images: Iterable[Image] | None = None,
+) -> Iterator[Results]:
+    """Put saved results through the stage, one image at a time.
+
+    Records keep their other keys, except ``segmentation`` where boxes are refined: the mask would no longer fit.
+
+    Args:
+        look: see :data:`Look`.
+        category_ids: of the adapter.
+        stage: what to do with the boxes.
+        results: COCO results of any detector on these images; best before suppression.
+        ground_truth: the annotation; only its images and categories are read.
+        images: those to do; default all of the annotation.
+
+    Raises:
+        DataError: a record names an image or category that the annotation or the detector does not have.
+    """
+    shared = category_map(category_ids, ground_truth)
+    label_of = {category: label for label, category in shared.items()}
+    _check_known("image", results.image_id, [image.id for image in ground_truth.images])
+    _check_known("category", results.category_id, label_of)
+    rows_of = results.by_image()
+    for image in ground_truth.images if images is None else images:
+        rows = rows_of.get(image.id)
+        if rows is None:
+            continue
+        extraction = look(image)
+        part = results[rows]
+        boxes = torch.from_numpy(xywh_to_xyxy(part.bbox))
+        given = Detections(
+            boxes=extraction.frame.to_network(boxes).float(),
+            scores=torch.from_numpy(part.score).float(),
+            labels=torch.tensor([label_of[int(c)] for c in part.category_id], dtype=torch.int64),
+            source=torch.arange(len(part)),
+        )
+        (better,) = stage(extraction.features, [given])
+        yield _to_results(image, extraction, better.to("cpu"), shared, _kept_keys(part, stage, better))
+
+
+def _to_results(
+    image: Image,
+    extraction: Extraction,
+    found: Detections,
+    category_of: Mapping[int, int],
+    extra: tuple[dict[str, Any], ...] | None = None,
+) -> Results:
+    """Detections in the network frame as COCO records of an image."""
+    boxes = clip_boxes(extraction.frame.to_image(found.boxes.double()), (image.height, image.width))
+    sound = valid_boxes(boxes).numpy()
+    bbox = xyxy_to_xywh(boxes.numpy())
+    results = Results(
+        image_id=np.full(len(found), image.id, dtype=np.int64),
+        category_id=np.array([category_of[int(label)] for label in found.labels], dtype=np.int64),
+        bbox=bbox,
+        score=found.scores.double().numpy(),
+        iou=None if found.ious is None else found.ious.double().numpy(),
+        extra=extra,
+    )
+    return results[sound]
+
+
+def _kept_keys(part: Results, stage: Stage, better: Detections) -> tuple[dict[str, Any], ...] | None:
+    if part.extra is None or better.source is None:
+        return None
+    dropped = {"segmentation"} if stage.steps else set()
+    extra = part.extra
+    return tuple({k: v for k, v in extra[int(row)].items() if k not in dropped} for row in better.source)
+
+
+def _check_known(what: str, ids: np.ndarray, known: Iterable[int]) -> None:
+    known = list(known)
+    unknown = ~np.isin(ids, known)
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise DataError(
+            f"Record {row + 1:,} counting from 1: no {what} {ids[row]} in the annotation (or the detector); it has "
+            f"{_some(known)}.{did_you_mean(str(ids[row]), map(str, known))} See: iou-refiner validate"
+        )
+
+
+def _some(ids: Iterable[int]) -> str:
+    ids = sorted(ids)
+    return ", ".join(map(str, ids[:5])) + (f", ... {ids[-1]} ({len(ids)} in all)" if len(ids) > 5 else "")
