@@ -65,6 +65,14 @@ class TorchvisionAdapter:
         """Hash of all weights and buffers of the detector."""
         return fingerprint(self.detector)
 
+    def settings(self) -> str:
+        """How images are prepared and from which score on boxes are candidates."""
+        transform, heads = self.detector.transform, self.detector.roi_heads
+        return (
+            f"longest_side={self.longest_side} min_size={transform.min_size} max_size={transform.max_size} "
+            f"mean={transform.image_mean} std={transform.image_std} score_thresh={heads.score_thresh}"
+        )
+
     def prepare(self, rgb: np.ndarray) -> tuple[Tensor, Frame]:
         """An RGB image (H, W, 3) uint8 as the detector takes it, (3, H, W) float in [0, 1], and the frame between."""
         height, width = rgb.shape[:2]
@@ -138,10 +146,11 @@ def _shallow(module: nn.Module) -> Any:
 
 
 def _feature_maps(maps: dict[str, Tensor], names: Sequence[str], image_shapes: Sequence[tuple[int, int]]) -> FeatureMaps:
-    """The levels the box head reads. Strides are powers of two, as torchvision's own RoI pooling infers them."""
-    height = max(shape[0] for shape in image_shapes)
+    """The levels the box head reads. Strides are powers of two; padding blurs them least on the longer side."""
+    sides = [max(shape[axis] for shape in image_shapes) for axis in (0, 1)]
+    axis = 0 if sides[0] >= sides[1] else 1
     levels = [maps[name] for name in names if name in maps]
-    strides = [2.0 ** round(math.log2(height / level.shape[-2])) for level in levels]
+    strides = [2.0 ** round(math.log2(sides[axis] / level.shape[2 + axis])) for level in levels]
     return FeatureMaps(tuple(levels), tuple(strides), tuple(image_shapes))
 
 

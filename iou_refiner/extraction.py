@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from iou_refiner._checks import DataError, check_choice, require
+from iou_refiner._files import replacing
 from iou_refiner.coco import Image
 from iou_refiner.data import Detections, FeatureMaps, Frame
 
@@ -30,12 +31,14 @@ class Adapter(Protocol):
     """What the core needs of a detector framework.
 
     Attributes:
-        detector: the framework's live detector, in inference mode; never modified.
         category_ids: dataset category id of each label, or None where labels are category ids already.
     """
 
-    detector: Any
     category_ids: dict[int, int] | None
+
+    @property
+    def detector(self) -> Any:
+        """The framework's live detector, in inference mode; never modified."""
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +48,10 @@ class Adapter(Protocol):
         """Move the detector; returns itself."""
 
     def fingerprint(self) -> str:
-        """Hash of everything that determines the features: weights, buffers."""
+        """Hash of the detector's weights and buffers: what a head belongs to."""
+
+    def settings(self) -> str:
+        """What beside the weights decides an extraction: how images are prepared, which candidates pass."""
 
     def prepare(self, rgb: np.ndarray) -> tuple[Any, Frame]:
         """An RGB image (H, W, 3) uint8 as the detector takes it, and the frame from the one to the other."""
@@ -127,7 +133,7 @@ class FeatureCache:
         check_choice("dtype", dtype, ["float16", "float32"])
         self.folder, self.adapter = Path(folder), adapter
         self.dtype: torch.dtype = getattr(torch, dtype)
-        identity = {"detector": adapter.fingerprint(), "dtype": dtype, "format": 1}
+        identity = {"detector": adapter.fingerprint(), "settings": adapter.settings(), "dtype": dtype, "format": 1}
         self.folder.mkdir(parents=True, exist_ok=True)
         label = self.folder / "cache.json"
         if label.exists():
@@ -138,7 +144,8 @@ class FeatureCache:
                     f"{self.folder} is a feature cache made with another {differs}. Name another folder, or remove it."
                 )
         else:
-            label.write_text(json.dumps(identity))
+            with replacing(label) as stream:
+                stream.write(json.dumps(identity).encode())
 
     def missing(self, images: Iterable[Image], *, flip: bool = False) -> list[Image]:
         """Those of ``images`` not yet in the cache."""
@@ -198,11 +205,9 @@ class FeatureCache:
             "scale": frame.scale,
             "offset": frame.offset,
         }
-        path = self._path(extraction.image_id, flip)
-        beside = path.with_suffix(".tmp")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, beside, {"about": json.dumps(about)})
-        beside.replace(path)
+        with replacing(self._path(extraction.image_id, flip)) as stream:
+            stream.write(safetensors.torch.save(tensors, {"about": json.dumps(about)}))
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free

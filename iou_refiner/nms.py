@@ -9,10 +9,19 @@ No N x N matrix: overlapping pairs are found by a sweep over x and stored as a l
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from iou_refiner._checks import check_boxes, check_choice, check_fraction, check_positive, check_same_device, check_vector
+from iou_refiner._checks import (
+    check_boxes,
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_same_device,
+    check_vector,
+)
 from iou_refiner.boxes import paired_iou
 
 # Candidate pairs tested at once by the sweep: bounds its scratch memory to about 200 MB.
@@ -36,12 +45,11 @@ def iou_guided_nms(
         over. Ties in rank go to the higher score, then to the smaller index, so the result is deterministic.
 
     Raises:
-        ValueError: shapes or devices disagree, the threshold is outside [0, 1], or a rank is NaN.
+        ValueError: shapes or devices disagree, the threshold is outside [0, 1], or a score or rank is NaN.
     """
     labels = _check(boxes, scores, labels, threshold)
     check_vector("ious", ious, len(boxes), like="boxes")
-    if bool(torch.isnan(ious).any()):
-        raise ValueError("`ious` holds NaN, which cannot be ranked. Replace it first, for example with 0.")
+    _check_rankable("ious", ious)
     owner = _suppress(boxes, _order(ious, scores), labels, threshold)
     merged = torch.full_like(scores, -torch.inf).scatter_reduce_(0, owner, scores, "amax")
     keep = _kept(owner, _order(ious, scores))
@@ -81,7 +89,7 @@ def soft_nms(
     check_choice("method", method, ["gaussian", "linear"])
     check_positive("sigma", sigma)
     new = scores.clone()
-    for label in labels.unique():
+    for label in torch.unique(labels):
         rows = torch.nonzero(labels == label).flatten()
         new[rows] = _decay(boxes[rows], scores[rows], method, sigma, threshold, min_score)
     order = _order(new, scores)
@@ -89,9 +97,7 @@ def soft_nms(
     return keep, new[keep]
 
 
-def _decay(
-    boxes: Tensor, scores: Tensor, method: str, sigma: float, threshold: float, min_score: float
-) -> Tensor:
+def _decay(boxes: Tensor, scores: Tensor, method: str, sigma: float, threshold: float, min_score: float) -> Tensor:
     """New scores of the boxes of one class. Boxes take their turn by falling current score."""
     first, second, iou = _overlapping_pairs(boxes, torch.zeros_like(scores, dtype=torch.int64), 0.0)
     factor = torch.exp(-(iou**2) / sigma) if method == "gaussian" else torch.where(iou > threshold, 1 - iou, 1.0)
@@ -117,11 +123,17 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor | None, threshold: floa
     check_boxes("boxes", boxes)
     check_vector("scores", scores, len(boxes), like="boxes")
     check_same_device("scores", scores, "boxes", boxes)
+    _check_rankable("scores", scores)
     check_fraction("threshold", threshold)
     if labels is None:
         return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     check_vector("labels", labels, len(boxes), like="boxes")
     return labels
+
+
+def _check_rankable(name: str, values: Tensor) -> None:
+    if bool(torch.isnan(values).any()):
+        raise ValueError(f"`{name}` holds NaN, which cannot be ranked. Replace it first, for example with 0.")
 
 
 def _order(rank: Tensor, scores: Tensor) -> Tensor:
@@ -165,8 +177,9 @@ def _suppress(boxes: Tensor, order: Tensor, labels: Tensor, threshold: float) ->
 def _overlapping_pairs(boxes: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """All pairs of one class with IoU above ``threshold``: two index vectors and the IoU.
 
-    Boxes sorted by (label, x1): the partners of a box are the ones after it that start before it ends. Each label is
-    moved to a strip of its own along x, so that one search serves all labels.
+    Boxes sorted by (label, x1): the partners of a box are the ones after it that start before it ends. Coordinates are
+    replaced by their ranks, and each label gets a strip of ranks of its own, so that one search serves all labels and
+    no coordinate, however far out, costs the others their precision.
     """
     boxes = boxes.double()
     finite = torch.isfinite(boxes).all(1)  # a box that is not finite overlaps nothing
@@ -175,16 +188,16 @@ def _overlapping_pairs(boxes: Tensor, labels: Tensor, threshold: float) -> tuple
         none = torch.zeros(0, dtype=torch.int64, device=boxes.device)
         return none, none, boxes.new_zeros(0)
     boxes, labels = boxes[rows], labels[rows]
-    low, high = boxes[:, [0, 2]].amin(), boxes[:, [0, 2]].amax()
-    strip = labels.unique(return_inverse=True)[1] * ((high - low) * 1.01 + 1)
-    starts, by_start = (boxes[:, 0] - low + strip).sort(stable=True)
-    ends = (boxes[:, 2] - low + strip)[by_start]
+    left, right = torch.unique(boxes[:, [0, 2]], return_inverse=True)[1].unbind(1)
+    strip = torch.unique(labels, return_inverse=True)[1] * (2 * len(rows))
+    starts, by_start = (left + strip).sort(stable=True)
+    ends = (right + strip)[by_start]
     count = torch.searchsorted(starts, ends) - torch.arange(1, len(rows) + 1, device=boxes.device)
     count = count.clamp(min=0)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     piece = (count.cumsum(0) / _CHUNK_PAIRS).long()
     bounds = [0, *(torch.nonzero(piece.diff()).flatten() + 1).tolist(), len(rows)]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         part = count[begin:end]
         one = torch.repeat_interleave(torch.arange(begin, end, device=boxes.device), part)
         step = torch.arange(len(one), device=boxes.device) - torch.repeat_interleave(part.cumsum(0) - part, part)

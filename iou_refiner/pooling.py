@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -69,17 +70,17 @@ class FeaturePyramid:
                 f"A pyramid needs the same channels on every level, got {features.channels}. "
                 "Project the levels to one width first, as IoUPredictor.encode does."
             )
-        maps = [level[image] for image in range(len(features)) for level in features.levels]
-        sizes = torch.tensor([(m.shape[1], m.shape[2]) for m in maps], dtype=torch.int32).reshape(-1, 2)
-        areas = sizes.long().prod(1)
-        table = (
-            torch.cat([m.flatten(1).t() for m in maps]) if maps else features.levels[0].new_zeros(0, features.channels[0])
-        )
-        strides = torch.tensor(features.strides * len(features), dtype=torch.float32)
-        device = features.device
-        return cls(
-            table, sizes.to(device), (areas.cumsum(0) - areas).to(device), strides.to(device), len(features.strides)
-        )
+        grad, device = torch.is_grad_enabled(), features.device
+        # Tensors made in inference mode could never take part in an ascent, which runs outside of it.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            maps = [level[image] for image in range(len(features)) for level in features.levels]
+            sizes = torch.tensor([(m.shape[1], m.shape[2]) for m in maps], dtype=torch.int32).reshape(-1, 2)
+            areas = sizes.long().prod(1)
+            empty = features.levels[0].new_zeros(0, features.channels[0])
+            table = torch.cat([m.flatten(1).t() for m in maps]) if maps else empty
+            strides = torch.tensor(features.strides * len(features), dtype=torch.float32)
+            offsets = areas.cumsum(0) - areas
+            return cls(table, sizes.to(device), offsets.to(device), strides.to(device), len(features.strides))
 
     @classmethod
     def concat(cls, parts: Sequence[FeaturePyramid]) -> FeaturePyramid:
@@ -136,18 +137,15 @@ def prroi_pool(
     check_same_device("boxes", boxes, "features", pyramid.table)
     if level is None and pyramid.num_levels > 1:
         raise ValueError(f"`level` must say from which of the {pyramid.num_levels} levels each box is pooled.")
-    map_index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    map_index = first = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for name, index, count, step in (
-        ("image_index", image_index, pyramid.num_images, pyramid.num_levels),
-        ("level", level, pyramid.num_levels, 1),
+        ("image_index", first if image_index is None else image_index, pyramid.num_images, pyramid.num_levels),
+        ("level", first if level is None else level, pyramid.num_levels, 1),
     ):
-        if index is not None:
-            check_vector(name, index, len(boxes), like="boxes")
-            check_same_device(name, index, "boxes", boxes)
-            _check_range(name, index, count)
-            # A negative index must not alias another map: it leaves the range for good.
-            map_index = map_index + torch.where((index >= 0) & (index < count), index * step, len(pyramid.sizes))
-    pooled = _pool(
+        _check_index(name, index, boxes, count)
+        # A negative index must not alias another map: it leaves the range for good.
+        map_index = map_index + torch.where((index >= 0) & (index < count), index.long() * step, len(pyramid.sizes))
+    pooled: Tensor = _pool(
         pyramid.table,
         pyramid.sizes,
         pyramid.offsets,
@@ -176,7 +174,11 @@ def assign_levels(boxes: Tensor, strides: tuple[float, ...], *, canonical_cells:
     return torch.bucketize(side.detach(), lower_bounds, right=True)
 
 
-def _check_range(name: str, index: Tensor, count: int) -> None:
+def _check_index(name: str, index: Tensor, boxes: Tensor, count: int) -> None:
+    check_vector(name, index, len(boxes), like="boxes")
+    check_same_device(name, index, "boxes", boxes)
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be integer, got {index.dtype}. Convert with .long().")
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not len(index):
         return
     low, high = int(index.min()), int(index.max())
@@ -185,6 +187,11 @@ def _check_range(name: str, index: Tensor, count: int) -> None:
 
 
 # ---- The operator: one schema for every backend, known to torch.compile, autograd and opcheck. ----
+
+
+def _backend(table: Tensor) -> Any:
+    fit = kernels.is_available(table.device) and table.dtype in kernels.DTYPES
+    return kernels if fit else _Portable
 
 
 @torch.library.custom_op("iou_refiner::prroi_pool", mutates_args=())
@@ -198,8 +205,8 @@ def _pool(
     output_size: int,
     shift: float,
 ) -> Tensor:
-    backend = kernels if kernels.is_available(table.device) else _Portable
-    return backend.forward(table, sizes, offsets, strides, boxes, map_index, output_size, shift)
+    out: Tensor = _backend(table).forward(table, sizes, offsets, strides, boxes, map_index, output_size, shift)
+    return out
 
 
 @torch.library.custom_op("iou_refiner::prroi_pool_grad_boxes", mutates_args=())
@@ -213,8 +220,8 @@ def _grad_boxes(
     map_index: Tensor,
     shift: float,
 ) -> Tensor:
-    backend = kernels if kernels.is_available(table.device) else _Portable
-    return backend.backward_boxes(grad, table, sizes, offsets, strides, boxes, map_index, shift)
+    out: Tensor = _backend(table).backward_boxes(grad, table, sizes, offsets, strides, boxes, map_index, shift)
+    return out
 
 
 @torch.library.custom_op("iou_refiner::prroi_pool_grad_table", mutates_args=())
@@ -228,8 +235,8 @@ def _grad_table(
     map_index: Tensor,
     shift: float,
 ) -> Tensor:
-    backend = kernels if kernels.is_available(table.device) else _Portable
-    return backend.backward_table(grad, table, sizes, offsets, strides, boxes, map_index, shift)
+    out: Tensor = _backend(table).backward_table(grad, table, sizes, offsets, strides, boxes, map_index, shift)
+    return out
 
 
 @_pool.register_fake
@@ -266,10 +273,10 @@ _pool.register_autograd(_backward, setup_context=_save)
 
 
 class _Axis(NamedTuple):
-    """The taps of every bin along one axis: ``count`` cells from ``first``, zero-padded to T."""
+    """The taps of every bin along one axis: so many ``cells`` from ``first``, zero-padded to T."""
 
     first: Tensor  # (R, P) int64
-    count: Tensor  # (R, P) int64
+    cells: Tensor  # (R, P) int64
     weight: Tensor  # (R, P, T) float64
     d_low: Tensor  # (R, P, T) derivative of the weight by the low edge of the box, in cells
     d_high: Tensor  # (R, P, T) and by its high edge
@@ -330,9 +337,9 @@ def _ranges(count: Tensor) -> tuple[Tensor, Tensor, int]:
 
 def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, dtype: torch.dtype) -> _Taps:
     """Outer product of the taps of two axes, bin by bin, built from runs of consecutive cells of one feature row."""
-    boxes, bins = y.count.shape
-    rows_per_bin = y.count[:, :, None].expand(-1, -1, bins).reshape(-1)  # (R * P * P,)
-    cells_per_row = x.count[:, None, :].expand(-1, bins, -1).reshape(-1)
+    boxes, bins = y.cells.shape
+    rows_per_bin = y.cells[:, :, None].expand(-1, -1, bins).reshape(-1)  # (R * P * P,)
+    cells_per_row = x.cells[:, None, :].expand(-1, bins, -1).reshape(-1)
     index = torch.arange(boxes * bins, device=offset.device).view(boxes, bins)
     y_table = (index * y.weight.shape[2])[:, :, None].expand(-1, -1, bins).reshape(-1)
     x_table = (index * x.weight.shape[2])[:, None, :].expand(-1, bins, -1).reshape(-1)
@@ -373,14 +380,15 @@ def _chunks(
     height, width = sizes.long()[map_index].unbind(1)
     # A box that is not finite is pooled as an empty one here and overwritten with NaN by the caller.
     finite = torch.isfinite(boxes).all(1, keepdim=True)
-    cells = torch.where(finite, boxes, 0).to(_work_dtype(boxes)) / strides[map_index, None].to(_work_dtype(boxes)) - shift
+    dtype = _work_dtype(boxes)
+    cells = torch.where(finite, boxes, 0).to(dtype) / strides[map_index, None].to(dtype) - shift
     empty = ((cells[:, 2:] <= cells[:, :2]).any(1)) | ~finite[:, 0]
     cells = torch.where(empty[:, None], 0, cells)
     span = (cells[:, 2:] - cells[:, :2]).clamp(max=float(sizes.max()) if len(sizes) else 0) + 3 * bins
     work = span.prod(1).cumsum(0)
     piece = (work / _CHUNK_TAPS).long()
     bounds = [0, *(torch.nonzero(piece.diff()).flatten() + 1).tolist(), len(boxes)]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         part = slice(begin, end)
         x1, y1, x2, y2 = cells[part].unbind(1)
         y = _axis(y1, y2, height[part], bins)

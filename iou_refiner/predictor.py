@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_choice, check_positive
+from iou_refiner._files import replacing
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
 
@@ -40,6 +44,8 @@ class IoUPredictor(nn.Module):
         width: channels after the narrowing; 0 pools the maps as they are (then all levels need equal channels).
         hidden: sizes of the fully connected layers.
         output_size: bins per side of the pooling.
+        context: side of the pooled region over that of the box, about the same centre. Above 1 the head also sees what
+            lies just outside each edge, which is where a box too small shows.
         levels: ``"all"`` reads each box from every level; ``"assigned"`` from the one level FPN gives it.
         aligned: see :func:`prroi_pool`.
         objective: what the output means, and so how :meth:`iou` maps it to [0, 1]: ``"bce"`` a logit,
@@ -59,6 +65,7 @@ class IoUPredictor(nn.Module):
         width: int = 48,
         hidden: Sequence[int] = (320, 256),
         output_size: int = 7,
+        context: float = 1.5,
         levels: str = "all",
         aligned: bool = True,
         objective: str = "bce",
@@ -68,21 +75,22 @@ class IoUPredictor(nn.Module):
         check_choice("levels", levels, ["all", "assigned"])
         check_choice("objective", objective, OBJECTIVES)
         check_positive("output_size", output_size)
+        check_positive("context", context)
         if len(channels) != len(strides) or not channels:
             raise ValueError(f"`channels` and `strides` need one entry per level, got {len(channels)}, {len(strides)}.")
         if width == 0 and len(set(channels)) != 1:
             raise ValueError(f"`width=0` pools the maps as they are and needs equal channels, got {tuple(channels)}.")
         self.channels, self.strides = tuple(map(int, channels)), tuple(map(float, strides))
         self.num_classes, self.width, self.hidden = int(num_classes), int(width), tuple(map(int, hidden))
-        self.output_size, self.levels, self.aligned = int(output_size), levels, bool(aligned)
-        self.objective, self.detector = objective, detector
+        self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
+        self.levels, self.objective, self.detector = levels, objective, detector
 
         pooled = self.width or self.channels[0]
         self.narrow = nn.ModuleList(nn.Conv2d(c, self.width, 1) if self.width else nn.Identity() for c in self.channels)
         views = len(self.channels) if levels == "all" else 1
         sizes = [views * self.output_size**2 * pooled, *self.hidden]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
         self.trunk = nn.Sequential(*layers)
         self.output = nn.Linear(sizes[-1], max(self.num_classes, 1))
@@ -138,11 +146,14 @@ class IoUPredictor(nn.Module):
             boxes, image_index = boxes.repeat_interleave(views, 0), image_index.repeat_interleave(views)
         elif level is None:
             level = self.levels_of(boxes)
+        margin = (boxes[:, 2:] - boxes[:, :2]) * ((self.context - 1) / 2)
+        boxes = torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], 1)
         pooled = prroi_pool(
             pyramid, boxes, image_index=image_index, level=level, output_size=self.output_size, aligned=self.aligned
         )
-        pooled = pooled.permute(0, 2, 3, 1).reshape(len(boxes) // views, -1)  # (R, views * P * P * C), no copy
-        out = self.output(self.trunk(pooled)).float()
+        # (R, views * P * P * C), no copy; spelt out, for -1 has no meaning where there are no boxes.
+        pooled = pooled.permute(0, 2, 3, 1).reshape(len(boxes) // views, views * math.prod(pooled.shape[1:]))
+        out: Tensor = self.output(self.trunk(pooled)).float()
         if not self.num_classes:
             return out[:, 0]
         if labels is None:
@@ -151,7 +162,7 @@ class IoUPredictor(nn.Module):
 
     def iou(self, raw: Tensor) -> Tensor:
         """Raw output to IoU in [0, 1]; NaN stays NaN."""
-        return raw.sigmoid() if self.objective == "bce" else ((raw + 1) / 2).clamp(0, 1)
+        return raw.sigmoid() if self.objective == "bce" else torch.clamp((raw + 1) / 2, 0, 1)
 
     @torch.no_grad()
     def predict(
@@ -164,14 +175,16 @@ class IoUPredictor(nn.Module):
         ]
         return torch.cat(pieces) if pieces else boxes.new_zeros(0)
 
-    def save(self, path: str | Path, **notes: str) -> None:
-        """Write weights and settings to a safetensors file, whole or not at all. ``notes`` go into its metadata."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".tmp")
-        metadata = {"format": _FORMAT, "settings": json.dumps(self._settings(), sort_keys=True), **notes}
+    def save(self, path: str | Path, **notes: Any) -> None:
+        """Write weights and settings to a safetensors file, whole or not at all. ``notes`` (json) go along."""
+        if taken := {"format", "settings"} & notes.keys():
+            raise ValueError(f"`notes` may not be called {' or '.join(sorted(taken))}: the file needs these names.")
+        about = {"format": _FORMAT, "settings": self._settings(), **notes}
+        # One key: safetensors writes several in a random order, and the same head should give the same bytes.
+        metadata = {"iou_refiner": json.dumps(about, sort_keys=True)}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        beside.write_bytes(safetensors.torch.save(weights, metadata))
-        beside.replace(path)
+        with replacing(Path(path)) as stream:
+            stream.write(safetensors.torch.save(weights, metadata))
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> IoUPredictor:
@@ -180,32 +193,35 @@ class IoUPredictor(nn.Module):
         Raises:
             DataError: the file is missing, damaged, or not a head.
         """
-        metadata = read_metadata(path)
-        head = cls(**json.loads(metadata["settings"]))
-        head.load_state_dict(safetensors.torch.load_file(path))
+        about = read_metadata(path)
+        try:
+            head = cls(**about["settings"])
+            head.load_state_dict(safetensors.torch.load_file(path))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{path}: settings and weights do not make a head ({error}).") from None
         return head.to(device).eval()
 
     def _settings(self) -> dict[str, object]:
-        names = ("channels", "strides", "num_classes", "width", "hidden", "output_size")
+        names = ("channels", "strides", "num_classes", "width", "hidden", "output_size", "context")
         return {name: getattr(self, name) for name in (*names, "levels", "aligned", "objective", "detector")}
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a head file, without its weights.
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a head file says about itself (``settings`` and the notes it was saved with), without its weights.
 
     Raises:
         DataError: the file is missing, damaged, or not a head.
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("iou_refiner", "{}"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Train a head with: iou-refiner train") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a readable safetensors file ({error}).") from None
-    if metadata.get("format") != _FORMAT:
-        raise DataError(f"{path}: not a head of this version (format {metadata.get('format')!r}, need {_FORMAT!r}).")
-    return metadata
+    if about.get("format") != _FORMAT:
+        raise DataError(f"{path}: not a head of this version (format {about.get('format')!r}, need {_FORMAT!r}).")
+    return about
 
 
 def fingerprint(module: nn.Module) -> str:

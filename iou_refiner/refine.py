@@ -102,8 +102,8 @@ def refine_boxes(
             position[better], best[better], gradient[better] = trial[better], value[gain > 0], slope[gain > 0]
             step[worse] *= shrink
             rows = rows[(gain <= 0) | (gain > tolerance)]
-        moved = best > start + margin
-        refined = torch.where(moved[:, None], decode_boxes(position, anchors), anchors).to(boxes.dtype)
+        refined = decode_boxes(position, anchors).to(boxes.dtype)
+        moved = (best > start + margin) & valid_boxes(refined)
         refined = torch.where(moved[:, None], refined, boxes.detach())
         return Refinement(refined, torch.where(moved, best, start), start, moved, undone, forwards)
 
@@ -148,7 +148,7 @@ def refine_boxes_paper(
             previous[rows] = after
             change = after - value
             rows = rows[~((change.abs() < early_stop) | (change < degeneration))]
-        moved = (current != boxes).any(1)
+        moved = (current != boxes).any(1) & valid_boxes(boxes)
         return Refinement(current, previous, start, moved, 0, forwards)
 
 
@@ -157,14 +157,14 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Score of the boxes at ``position[rows]`` and, if wanted, its gradient in relative coordinates."""
     point = position[rows]
+    if not len(rows):
+        return point.new_zeros(0), point
     if not with_gradient:
         with torch.no_grad():
             return score(decode_boxes(point, anchors[rows]), rows).float(), torch.zeros_like(point)
     with torch.enable_grad():
         point.requires_grad_()
         value = score(decode_boxes(point, anchors[rows]), rows)
-        if not len(rows):
-            return value.detach().float(), torch.zeros_like(point)
         (slope,) = torch.autograd.grad(value.sum(), point)
     return value.detach().float(), slope
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_fraction, check_positive
+from iou_refiner._files import replacing
 from iou_refiner.coco import GroundTruth
 from iou_refiner.data import FeatureMaps
 from iou_refiner.extraction import Adapter, FeatureCache
@@ -31,12 +31,12 @@ def fit(
     train: TrainingSet,
     *,
     val: TrainingSet | None = None,
-    epochs: int = 12,
+    epochs: int = 5,
     batch_size: int = 8,
     boxes_per_image: int = 96,
     candidate_share: float = 0.5,
     lowest_iou: float = 0.2,
-    lr: float = 1e-3,
+    lr: float = 5e-4,
     weight_decay: float = 1e-4,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -199,7 +199,8 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
 
     Returns:
         ``pearson`` and ``mae`` of predicted with true IoU on candidates whose true IoU is above ``above``, ``pearson_score``
-        of the class score on the same, ``candidates`` their number, and ``mae_all`` on all candidates. NaN without any.
+        of the class score on the same, ``candidates`` their number, and ``pearson_all``, ``mae_all`` on all candidates.
+        NaN without any.
     """
     columns: list[Tensor] = []
     for index in range(len(dataset)):
@@ -219,6 +220,7 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
         "pearson_score": _pearson(scores[high], truth[high]),
         "mae": (predicted - truth)[high].abs().mean().item(),
         "mae_all": (predicted - truth)[judged].abs().mean().item(),
+        "pearson_all": _pearson(predicted[judged], truth[judged]),
         "candidates": int(high.sum()),
     }
 
@@ -245,13 +247,20 @@ def _to(features: FeatureMaps, head: IoUPredictor) -> FeatureMaps:
 
 @torch.no_grad()
 def _calibrate(head: IoUPredictor, train: TrainingSet) -> None:
-    """Divide the input layer by the size of each level's features, which in a frozen detector can be anything."""
+    """Divide the input layer by the size of each level's features, which in a frozen detector can be anything.
+
+    Values that are not finite are passed over here: it is the training step that reports them, with their image.
+    """
     chosen = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
     loaded = [train.load(index)[0].features.levels for index in chosen]
     for index, narrow in enumerate(head.narrow):
         if isinstance(narrow, nn.Conv2d):
-            power = torch.stack([levels[index].double().square().mean() for levels in loaded]).mean()
+            power = torch.stack([_finite(levels[index]).double().square().mean() for levels in loaded]).nanmean()
             narrow.weight /= power.sqrt().clamp(min=1e-6).to(narrow.weight)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values[torch.isfinite(values)]
 
 
 def _warm_cosine(steps: int) -> Callable[[int], float]:
@@ -293,17 +302,14 @@ class _Run:
     def save(self, head: IoUPredictor, optimizer: Any, schedule: Any, history: list[dict[str, float]]) -> None:
         if not self.folder:
             return
-        head.save(self.folder / "head.safetensors", metrics=json.dumps(history[-1]), training=json.dumps(self.settings))
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-        self._replace("metrics.jsonl", lambda path: path.write_text(lines))
+        metrics = {name: value for name, value in history[-1].items() if name != "seconds"}  # same seed, same bytes
+        head.save(self.folder / "head.safetensors", metrics=metrics, training=self.settings)
+        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        with replacing(self.folder / "metrics.jsonl") as stream:
+            stream.write(lines.encode())
         state = {
             "head": head.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
             "history": history, "settings": self.settings,
         }  # fmt: skip
-        self._replace("last.pt", lambda path: torch.save(state, path))
-
-    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
-        assert self.folder is not None
-        beside = self.folder / (name + ".tmp")
-        write(beside)
-        os.replace(beside, self.folder / name)
+        with replacing(self.folder / "last.pt") as stream:
+            torch.save(state, stream)

@@ -33,7 +33,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from iou_refiner import DataError, Detections, FeatureMaps, Frame
+from iou_refiner import DataError, Detections, FeatureMaps, Frame, IoURefiner
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IOU_REFINER_SHARED", ROOT.parent / "shared"))
@@ -43,7 +43,7 @@ trained = pytest.mark.skipif(
 CHANNELS, CLASSES = 16, 4
 
 
-# --- detectors ---------------------------------------------------------------------------------------------------------
+# --- detectors -------------------------------------------------------------------------------------------------------
 
 
 class TinyFPN(nn.Module):
@@ -63,37 +63,36 @@ class TinyFPN(nn.Module):
         return maps
 
 
+def extra_heads(kind: str) -> dict[str, Any]:
+    """What Mask and Keypoint R-CNN have beside the box head."""
+    pool = ops.MultiScaleRoIAlign(["0", "1"], 14, 2)
+    if kind == "mask":
+        head, predictor = MaskRCNNHeads(CHANNELS, (8,), 1), MaskRCNNPredictor(8, 8, CLASSES)
+        return {"mask_roi_pool": pool, "mask_head": head, "mask_predictor": predictor}
+    if kind == "keypoint":
+        head, predictor = KeypointRCNNHeads(CHANNELS, (8,)), KeypointRCNNPredictor(8, 3)
+        return {"keypoint_roi_pool": pool, "keypoint_head": head, "keypoint_predictor": predictor}
+    return {}
+
+
 def tiny_torchvision(kind: str) -> TorchvisionAdapter:
     """A detector of the Faster R-CNN family with random weights, uneven enough to find something in noise."""
+    family = {"faster": detection.FasterRCNN, "mask": detection.MaskRCNN, "keypoint": detection.KeypointRCNN}
     with torch.random.fork_rng():
-        torch.manual_seed(7)
-        common: dict[str, Any] = {
-            "rpn_anchor_generator": AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
-            "box_roi_pool": ops.MultiScaleRoIAlign(["0", "1"], 7, 2),
-            "box_head": TwoMLPHead(CHANNELS * 49, 32),
-            "box_predictor": FastRCNNPredictor(32, CLASSES),
-            "min_size": 96,
-            "max_size": 160,
-            "rpn_post_nms_top_n_test": 60,
-            "box_detections_per_img": 20,
-        }
-        pool = ops.MultiScaleRoIAlign(["0", "1"], 14, 2)
-        if kind == "mask":
-            heads = {
-                "mask_roi_pool": pool,
-                "mask_head": MaskRCNNHeads(CHANNELS, (8,), 1),
-                "mask_predictor": MaskRCNNPredictor(8, 8, CLASSES),
-            }
-            detector = detection.MaskRCNN(TinyFPN(), **common, **heads)
-        elif kind == "keypoint":
-            heads = {
-                "keypoint_roi_pool": pool,
-                "keypoint_head": KeypointRCNNHeads(CHANNELS, (8,)),
-                "keypoint_predictor": KeypointRCNNPredictor(8, 3),
-            }
-            detector = detection.KeypointRCNN(TinyFPN(), num_keypoints=3, **common, **heads)
-        else:
-            detector = detection.FasterRCNN(TinyFPN(), **common)
+        extra = extra_heads(kind)
+        torch.manual_seed(3)  # after the extra heads, so that all of the family share one box path
+        detector = family[kind](
+            TinyFPN(),
+            rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
+            box_roi_pool=ops.MultiScaleRoIAlign(["0", "1"], 7, 2),
+            box_head=TwoMLPHead(CHANNELS * 49, 32),
+            box_predictor=FastRCNNPredictor(32, CLASSES),
+            box_score_thresh=0.25,  # cuts among the random scores, and before the limit of 100 does
+            min_size=96,
+            max_size=160,
+            rpn_post_nms_top_n_test=60,
+            **extra,
+        )
         for module in detector.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_()
@@ -122,9 +121,8 @@ class GraphBuilder:
         return name
 
     def conv(self, source: str, channels: tuple[int, int], size: int = 1, bias: float = 0.0, scale: float = 1.0) -> str:
-        weight = (
-            self.random.normal(size=(channels[1], channels[0], size, size)) * scale / (channels[0] * size**2) ** 0.5
-        )
+        spread = scale / (channels[0] * size**2) ** 0.5
+        weight = self.random.normal(scale=spread, size=(channels[1], channels[0], size, size))
         shift = np.full(channels[1], bias)
         names = [self.constant(value.astype(np.float32)) for value in (weight, shift)]
         return self.node("Conv", [source, *names], kernel_shape=[size, size], strides=[size, size])
@@ -133,27 +131,30 @@ class GraphBuilder:
         return self.node("Mul", [source, self.node("Sigmoid", [source])], name)
 
 
-def tiny_yolox(size: tuple[Any, Any] = (64, 96), *, decode: bool = False, dtype: int = TensorProto.FLOAT) -> Any:
-    """A YOLOX-like ONNX model: strides 8, 16, 32, two classes; the head's stems read map8, map16, map32."""
+def tiny_yolox(size: tuple[Any, Any] = (64, 96), *, last: str = "Identity") -> Any:
+    """A YOLOX-like ONNX model: strides 8, 16, 32, two classes; the head's stems read map8, map16, map32.
+
+    ``last`` is the operator between the rows and the output.
+    """
     graph = GraphBuilder()
     source, channels, levels = "images", 3, []
     for stride in (8, 16, 32):
         # Input is 0 to 255: the first weights bring it to about 1.
-        raw = graph.conv(source, (channels, 6), 8 if stride == 8 else 2, scale=0.02 if stride == 8 else 2)
+        raw = graph.conv(source, (channels, 6), 8 if stride == 8 else 2, scale=0.01 if stride == 8 else 2)
         source, channels = graph.silu(raw, f"map{stride}"), 6
         stem = graph.silu(graph.conv(source, (6, 8), scale=2))
         class_tower, box_tower = graph.silu(graph.conv(stem, (8, 8))), graph.silu(graph.conv(stem, (8, 8)))
         parts = [
-            graph.conv(box_tower, (8, 4), bias=0.5),
+            graph.conv(box_tower, (8, 4), bias=0.5, scale=0.3),
             graph.node("Sigmoid", [graph.conv(box_tower, (8, 1), scale=3)]),
             graph.node("Sigmoid", [graph.conv(class_tower, (8, 2), scale=3)]),
         ]
         level = graph.node("Concat", parts, axis=1)
         levels.append(graph.node("Reshape", [level, graph.constant(np.array([1, 7, -1]))]))
     rows = graph.node("Transpose", [graph.node("Concat", levels, axis=2)], "raw", perm=[0, 2, 1])
-    graph.node("Exp" if decode else "Identity", [rows], "output")
-    inputs = [helper.make_tensor_value_info("images", dtype, [1, 3, *size])]
-    outputs = [helper.make_tensor_value_info("output", dtype, None)]
+    graph.node(last, [rows], "output")
+    inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, *size])]
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)]
     model = helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.weights)
     return helper.make_model(model, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
@@ -175,7 +176,7 @@ def example(name: str) -> Any:
     return getattr(module, name)()
 
 
-# --- what the contract is checked with ---------------------------------------------------------------------------------
+# --- what the contract is checked with -------------------------------------------------------------------------------
 
 
 def photographs() -> list[np.ndarray]:
@@ -252,6 +253,10 @@ def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]
             assert torch.equal(one[key], other[key]), key
 
 
+def columns(found: Detections) -> dict[str, Tensor]:
+    return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+
+
 def keep_all(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
     return candidates
 
@@ -285,9 +290,7 @@ class TestContract:
         assert all(map(torch.equal, features.levels, seen[0][0].levels))
         assert (features.strides, features.image_sizes) == (seen[0][0].strides, seen[0][0].image_sizes)
         for found, other in zip(candidates, seen[0][1], strict=True):
-            assert all(
-                torch.equal(getattr(found, name), getattr(other, name)) for name in ("boxes", "scores", "labels")
-            )
+            assert_same([columns(found)], [columns(other)])
 
     def test_candidates_lie_in_the_network_frame(self, case: Case) -> None:
         """Mapped back by the frame of ``extract``, they are what ``run`` reports in pixels of the detector's input."""
@@ -311,29 +314,29 @@ class TestContract:
             torch.testing.assert_close(to_input.to_network(box), torch.tensor([[0.0, 0, width, height]]))
 
     def test_strides_where_a_patch_changes_the_map(self, case: Case) -> None:
-        rgb = case.rgb[-1]
-        height, width = rgb.shape[:2]
-        side = max(height, width) // 8
+        """The middle of the cells that change most, against the middle of the patch; in cells of each level."""
+        plain = case.rgb[0]
+        height, width = plain.shape[:2]
+        side = max(height, width) // 12
         strides = case.adapter.extract(case.images[:1])[0].strides
         errors: list[list[Tensor]] = [[] for _ in strides]
-        plain = np.full_like(rgb, 100)
         for x, y in [(0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7), (0.5, 0.5)]:
             left, top = int(x * width - side / 2), int(y * height - side / 2)
             patched = plain.copy()
-            patched[top : top + side, left : left + side] = 255
+            patched[top : top + side, left : left + side] ^= 255
             box = torch.tensor([[left, top, left + side, top + side]]).float()
             (prepared, to_input), (blank, _) = case.adapter.prepare(patched), case.adapter.prepare(plain)
             features, _, (frame, _) = case.adapter.extract([prepared, blank])
             x1, y1, x2, y2 = to_input.then(frame).to_network(box)[0].tolist()
             for found, level, stride in zip(errors, features.levels, strides, strict=True):
                 change = (level[0] - level[1]).square().sum(0)
-                change = change / change.sum()
-                rows, columns = (torch.arange(n) + 0.5 for n in change.shape)
-                center = torch.stack([(change.sum(0) * columns).sum(), (change.sum(1) * rows).sum()])
+                rows, cols = torch.nonzero(change > change.max() / 2).unbind(1)
+                weight = change[rows, cols] / change[rows, cols].sum()
+                center = torch.stack([(weight * (cols + 0.5)).sum(), (weight * (rows + 0.5)).sum()])
                 found.append(center - torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2]) / stride)
-        for found in errors:  # in cells
-            assert torch.stack(found).mean(0).abs().max() < 0.6
-            assert torch.stack(found).abs().mean() < 1
+        for found in errors:
+            assert torch.stack(found).median(0).values.abs().max() < 0.75, errors
+            assert torch.stack(found).abs().median() < 0.75, errors
 
     def test_leaves_the_detector_untouched(self, case: Case) -> None:
         def broken(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
@@ -382,13 +385,17 @@ class TestContract:
         assert not any(level.requires_grad for level in features.levels)
         assert all(map(torch.equal, features.levels, case.adapter.extract(case.images)[0].levels))
 
+    def test_wrapped_without_a_head_the_detector_answers_alone(self, case: Case) -> None:
+        with torch.no_grad():
+            assert_same(IoURefiner(case.adapter)(case.images), case.own())
+
     def test_stays_on_its_device(self, case: Case) -> None:
         assert case.adapter.to("cpu") is case.adapter
         assert case.adapter.device == torch.device("cpu")
         assert case.adapter.extract(case.images)[0].device == case.adapter.device
 
 
-# --- frames ------------------------------------------------------------------------------------------------------------
+# --- frames ----------------------------------------------------------------------------------------------------------
 
 sides = st.integers(1, 4000)
 scales = st.floats(0.05, 8)
@@ -415,7 +422,7 @@ def test_letterbox_fills_one_side_and_comes_back(height: int, width: int, net_he
     pixels, inner, frame = letterbox(np.full((height, width, 3), 255, np.uint8), (net_height, net_width))
     assert pixels.shape == (1, 3, net_height, net_width)
     assert inner[0] == net_height or inner[1] == net_width
-    assert (pixels[:, :, : inner[0], : inner[1]] == 255).all()
+    assert (abs(pixels[:, :, : inner[0], : inner[1]] - 255) < 1e-3).all()
     assert (pixels[:, :, inner[0] :] == 114).all()
     assert (pixels[:, :, :, inner[1] :] == 114).all()
     box = torch.tensor([[0.0, 0, width, height]])
@@ -436,7 +443,7 @@ def test_letterbox_draws_a_rectangle_where_its_frame_says() -> None:
     torch.testing.assert_close(found, expected, atol=0.75, rtol=0)
 
 
-# --- torchvision -------------------------------------------------------------------------------------------------------
+# --- torchvision -----------------------------------------------------------------------------------------------------
 
 
 def test_torchvision_names_what_it_does_not_take() -> None:
@@ -454,11 +461,19 @@ def test_torchvision_prepares_to_the_longest_side(size: tuple[int, int]) -> None
     torch.testing.assert_close(corner, torch.tensor([[0.0, 0, tensor.shape[2], tensor.shape[1]]]))
 
 
-# --- ONNX --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(12, 400), (400, 12), (160, 100), (97, 160)])
+def test_torchvision_strides_whatever_the_shape(size: tuple[int, int]) -> None:
+    """A panorama is padded to several times its short side, which therefore says little about the stride."""
+    adapter = tiny_torchvision("faster")
+    features, _, _ = adapter.extract([adapter.prepare(noise(size)[0])[0]])
+    assert features.strides == (4, 8)
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
 def decoded_cell_by_cell(output: np.ndarray, size: tuple[int, int], threshold: float) -> list[tuple[Any, ...]]:
-    """(score, label, x1, y1, x2, y2) of each box and class above the threshold, by falling score; network frame."""
+    """(score, label, x1, y1, x2, y2) of each box and class above the threshold, by falling score; clipped."""
     found, row = [], 0
     for stride in (8, 16, 32):
         for y in range(size[0] // stride):
@@ -466,9 +481,11 @@ def decoded_cell_by_cell(output: np.ndarray, size: tuple[int, int], threshold: f
                 dx, dy, log_w, log_h, objectness, *classes = output[0, row].astype(float)
                 row += 1
                 cx, cy, w, h = (x + dx) * stride, (y + dy) * stride, np.exp(log_w) * stride, np.exp(log_h) * stride
+                x1, y1 = max(cx - w / 2, 0), max(cy - h / 2, 0)
+                x2, y2 = min(cx + w / 2, size[1]), min(cy + h / 2, size[0])
                 for label, score in enumerate(classes):
-                    if score * objectness > threshold:
-                        found.append((score * objectness, label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+                    if score * objectness > threshold and x1 < x2 and y1 < y2:
+                        found.append((score * objectness, label, x1, y1, x2, y2))
     assert row == output.shape[1]
     return sorted(found, reverse=True)
 
@@ -484,7 +501,7 @@ def test_onnx_boxes_are_those_of_a_decoder_written_cell_by_cell(yolox_file: Path
     order = found["scores"].argsort(descending=True)
     torch.testing.assert_close(found["scores"][order], torch.tensor([row[0] for row in expected]).float())
     assert found["labels"][order].tolist() == [row[1] for row in expected]
-    boxes = torch.tensor([row[2:] for row in expected]).clamp(min=0).minimum(torch.tensor([96, 64, 96, 64])).float()
+    boxes = torch.tensor([row[2:] for row in expected]).float()
     torch.testing.assert_close(found["boxes"][order], boxes, atol=1e-3, rtol=0)
 
 
@@ -559,29 +576,28 @@ class TestOnnxRefuses:
         with pytest.raises(DataError, match=r"nowhere\.onnx cannot be read"):
             OnnxAdapter(tmp_path / "nowhere.onnx")
         (tmp_path / "text.onnx").write_text("this is no model")
-        with pytest.raises(DataError, match=r"text\.onnx is not an ONNX model"):
-            OnnxAdapter(tmp_path / "text.onnx")
+        (tmp_path / "empty.onnx").touch()
+        for name in ("text", "empty"):
+            with pytest.raises(DataError, match=rf"{name}\.onnx is not an ONNX model"):
+                OnnxAdapter(tmp_path / f"{name}.onnx")
 
     @pytest.mark.parametrize(
-        ("model", "message"),
+        ("how", "message"),
         [
-            (tiny_yolox(decode=True), r"already decodes its boxes.*without --decode_in_inference"),
-            (tiny_yolox(("height", 96)), r"of fixed height and width, got tensor\(float\) \[1, 3, 'height', 96\]"),
-            (tiny_yolox((70, 96)), r"needs one output \(1, 126, 5 \+ classes\) for an input of 70 x 96"),
+            ({"last": "Exp"}, r"already decodes its boxes.*without --decode_in_inference"),
+            ({"size": ("height", 96)}, r"of fixed height and width, got tensor\(float\) \[1, 3, 'height', 96\]"),
+            ({"last": "Transpose"}, r"one output \(1, 126, 5 \+ classes\) for an input of 64 x 96.*\(7, 126, 1\)"),
         ],
     )
-    def test_graphs_of_another_layout(self, tmp_path: Path, model: Any, message: str) -> None:
-        onnx.save(model, tmp_path / "other.onnx")
+    def test_graphs_of_another_layout(self, tmp_path: Path, how: dict[str, Any], message: str) -> None:
+        onnx.save(tiny_yolox(**how), tmp_path / "other.onnx")
         with pytest.raises(DataError, match=message):
             OnnxAdapter(tmp_path / "other.onnx")
 
     def test_graph_without_a_yolox_head(self, tmp_path: Path) -> None:
-        model = tiny_yolox()
-        model.graph.node[-1].CopyFrom(helper.make_node("Abs", ["raw"], ["output"]))
-        onnx.save(model, tmp_path / "other.onnx")
-        with pytest.raises(
-            ValueError, match=r"feature maps of .* cannot be found.*`features`.*8 x 12: 'map8' \(6 channels\)"
-        ):
+        onnx.save(tiny_yolox(last="Abs"), tmp_path / "other.onnx")
+        message = r"feature maps of .* cannot be found.*with `features`.*8 x 12: 'map8' \(6 channels\)"
+        with pytest.raises(ValueError, match=message):
             OnnxAdapter(tmp_path / "other.onnx")
         assert OnnxAdapter(tmp_path / "other.onnx", features=["map8", "map32"]).strides == (8, 32)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,19 @@ _STRICT = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", 
 # The hardware's multiply-add on, in every expression where the language allows it; or off.
 CONTRACT = ("-ffp-contract=fast", *(("-mfma",) if platform.machine() in ("x86_64", "AMD64") else ()))
 NO_CONTRACT = ("-ffp-contract=off",)
+
+# A replacement in the text of the kernels that makes them count their loads from the table.
+COUNT_LOADS = {"Pack value = *source;": "Pack value = (++host::loads, *source);"}
+
+
+def variants(*sizes: int) -> list[Variant]:
+    """All variants of some output sizes: every storage type, wide and single loads."""
+    return [
+        Variant(dtype, size, lanes)
+        for dtype in sorted(kernels.DTYPES, key=str)
+        for size in sizes
+        for lanes in (1, 16 // dtype.itemsize)
+    ]
 
 
 def _name(variant: Variant) -> str:
@@ -69,7 +83,9 @@ def build_program(folder: Path, variants: list[Variant], flags: tuple[str, ...],
     """An executable that runs all kernels of ``variants`` on boxes of every kind, one real thread per CUDA thread."""
     calls = [
         "host::exercise({"
-        + ", ".join(f"prroi_{kernel}_on_{_name(v)}" for kernel in ("forward", "backward_boxes", "backward_table"))
+        + ", ".join(
+            f"{_name(v)}::prroi_{kernel}_on_{_name(v)}" for kernel in ("forward", "backward_boxes", "backward_table")
+        )
         + f", {v.output_size}, {v.lanes}, {v.dtype.itemsize}}});"
         for v in variants
     ]
@@ -126,3 +142,13 @@ class Library:
         problem = call(*grid, threads, addresses, sizes, len(buffers))
         if problem:
             raise RuntimeError(f"{name}: {problem.decode()}")
+
+    @contextmanager
+    def installed(self) -> Iterator[Library]:
+        """Within it the functions of ``iou_refiner.kernels`` take CPU tensors and run here."""
+        original = kernels._launch
+        kernels._launch = self.launch
+        try:
+            yield self
+        finally:
+            kernels._launch = original

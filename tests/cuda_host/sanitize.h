@@ -25,10 +25,10 @@ void run(Launcher launcher, unsigned x, unsigned y, unsigned threads, Arguments.
 
 inline void exercise(const Kernels& kernels) {
     const float inf = INFINITY, nan = NAN;
-    const std::vector<int> sizes = {5, 6, 3, 3, 0, 4};
-    const std::vector<long long> offsets = {0, 30, 39};
-    const std::vector<float> strides = {4.f, 8.f, 16.f};
-    const std::vector<float> boxes = {
+    const std::vector<int> sizes = {5, 6, 3, 3, 0, 4, 2, 2};  // no box lies on the last
+    const std::vector<long long> offsets = {0, 30, 39, 39};
+    const std::vector<float> strides = {4.f, 8.f, 16.f, 4.f};
+    std::vector<float> boxes = {
         3.f,  2.f,  17.f, 15.f,  // inside
         8.f,  8.f,  16.f, 16.f,  // edges on cells
         -9.f, -9.f, 60.f, 60.f,  // beyond the map on all sides
@@ -38,26 +38,25 @@ inline void exercise(const Kernels& kernels) {
         nan,  1.f,  2.f,  3.f, 1.f, -inf, 2.f, 3.f, 0.f, 0.f, inf, inf,
         2.f,  2.f,  9.f,  9.f, 2.f, 2.f, 9.f, 9.f, 2.f, 2.f, 9.f, 9.f,  // on maps that are empty or do not exist
     };
-    const std::vector<int> map_index = {0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 2, 3, -1};
+    std::vector<int> map_index = {0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 2, 4, -1};
     const int count = static_cast<int>(map_index.size()), maps = static_cast<int>(strides.size());
     const int packs = 3, channels = packs * kernels.lanes, bins = kernels.bins;
-    const long long rows = 39;
+    const long long rows = 43;
     auto features = [&](std::size_t cells) {  // bits of small finite numbers in every storage type
-        std::vector<std::uint64_t> words(cells * channels * kernels.storage / 8 + 1);
         std::vector<unsigned char> bytes(cells * channels * kernels.storage);
         for (std::size_t i = 0; i < bytes.size(); ++i)
             bytes[i] = i % kernels.storage == kernels.storage - 1u ? 0x3c + i % 5 : i * 37 & 0x7f;
         return bytes;
     };
-    const auto table = features(rows), grad = features(static_cast<std::size_t>(count) * bins * bins);
+    const auto cells = static_cast<std::size_t>(count) * bins * bins;
+    const auto table = features(rows);
+    auto grad = features(cells);
     std::vector<unsigned char> output(grad.size()), grad_table(table.size());
     std::vector<float> grad_boxes(4 * count);
     run(kernels.forward, count, 2, 64, table.data(), rows, packs, sizes.data(), offsets.data(), strides.data(), maps,
         boxes.data(), map_index.data(), 0.5f, output.data());
     run(kernels.backward_boxes, count, 1, 64, grad.data(), table.data(), rows, packs, sizes.data(), offsets.data(),
         strides.data(), maps, boxes.data(), map_index.data(), 0.5f, grad_boxes.data());
-    run(kernels.backward_table, static_cast<unsigned>(rows), 1, 64, grad.data(), rows, packs, sizes.data(),
-        offsets.data(), strides.data(), maps, boxes.data(), map_index.data(), count, 0.5f, grad_table.data());
     for (int box = 0; box < count; ++box) {  // the last six are invalid, but for the one on an empty map
         const bool invalid = box >= 7 && box != 10;
         if ((grad_boxes[4 * box] != grad_boxes[4 * box]) != invalid) {
@@ -65,6 +64,13 @@ inline void exercise(const Kernels& kernels) {
             std::exit(3);
         }
     }
+    // More boxes than a block has threads, so that it looks through them in several turns.
+    const int repeats = 5;
+    for (int i = 4 * count; i < 4 * count * repeats; ++i) boxes.push_back(boxes[i - 4 * count]);
+    for (int i = count; i < count * repeats; ++i) map_index.push_back(map_index[i - count]);
+    grad = features(cells * repeats);
+    run(kernels.backward_table, static_cast<unsigned>(rows), 1, 64, grad.data(), rows, packs, sizes.data(),
+        offsets.data(), strides.data(), maps, boxes.data(), map_index.data(), count * repeats, 0.5f, grad_table.data());
 }
 
 }  // namespace host
