@@ -73,7 +73,6 @@ def doctor(*, console: Quiet) -> int:
 @app.command
 def validate(
     detections: Path,
-    /,
     *,
     ann: Annotated[Path | None, Parameter(name=["--ann"], help="COCO annotation the results belong to.")] = None,
     max_examples: int = 5,
@@ -213,7 +212,6 @@ def train(
 @app.command
 def rescore(
     detections: Path,
-    /,
     *,
     head: Annotated[Path, Parameter(help="Head made by `train`.")],
     detector: Detector,
@@ -294,7 +292,6 @@ def rescore(
 @app.command(name="eval")
 def eval_(
     detections: Path,
-    /,
     *,
     ann: Annotation,
     baseline: Annotated[Path | None, Parameter(help="COCO results before; adds the difference and its interval.")] = None,
@@ -344,7 +341,7 @@ def eval_(
 
 
 @app.command
-def info(head: Path, /, *, console: Quiet) -> int:
+def info(head: Path, *, console: Quiet) -> int:
     """What a head file says about itself: its shape, its detector, its training.
 
     Parameters
@@ -424,4 +421,4 @@ def _config_file(path: Path | None) -> list[Any]:
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(app.meta(tokens))
+    sys.exit(app.meta(tokens) or OK)  # None: meta itself has printed the help

@@ -28,8 +28,8 @@ WHAT_IT_IS = "semi-synthetic: real handwritten digits on real photographs; shows
 SPLITS = ("train", "head", "test")
 IMAGE_SIDE = 160  # pixels
 #: Longer side of a digit's box, in pixels: smallest and largest, drawn evenly in its logarithm.
-DIGIT_SIDES = (18.0, 72.0)
-_MOST_DIGITS = 5
+DIGIT_SIDES = (28.0, 88.0)
+_MOST_DIGITS = 4
 _GAP = 2.0  # pixels at least between two boxes, so that no ink hides ink
 _CONTRAST = 0.35  # least difference in brightness between ink and the mean of what it covers
 
@@ -171,7 +171,7 @@ def _crossings(fine: FloatArray) -> FloatArray:
 
 
 def draw_scene(sources: Sources, rng: np.random.Generator) -> Scene:
-    """Draw one image: a crop of a photograph with one to five digits that do not touch.
+    """Draw one image: a crop of a photograph with one to four digits that do not touch.
 
     Args:
         sources: what to draw from.

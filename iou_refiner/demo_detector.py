@@ -17,7 +17,7 @@ from iou_refiner.extraction import open_image
 
 _WIDTHS = (24, 32, 64, 96)  # channels at strides 2, 4, 8, 16
 _CHANNELS = 48  # of the feature pyramid
-_ANCHOR_SIDES = (20, 36, 64)  # pixels, one per level
+_ANCHOR_SIDES = (28, 46, 76)  # pixels, one per level
 _BATCH = 4
 _LEARNING_RATE = 2e-3
 

@@ -219,8 +219,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file. Train a head with: iou-refiner train") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a readable safetensors file ({error}).") from None
-    if about.get("format") != _FORMAT:
-        raise DataError(f"{path}: not a head of this version (format {about.get('format')!r}, need {_FORMAT!r}).")
+    found = about.get("format") if isinstance(about, dict) else None
+    if found != _FORMAT:
+        raise DataError(f"{path}: not a head of this version (format {found!r}, need {_FORMAT!r}).")
     return about
 
 

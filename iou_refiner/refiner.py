@@ -115,6 +115,8 @@ class Stage:
             kept = [self._suppress(detections) for detections in found]
             if self.steps and self.refine_top:
                 kept = self._refine(pyramid, kept, features.image_sizes)
+                if self.nms in ("iou", "greedy"):  # boxes that have come to rest on one object are one detection
+                    kept = [self._suppress(detections) for detections in kept]
             kept = [self._rescore(detections) for detections in kept]
         self.summary.images += len(features)
         self.summary.boxes += sum(map(len, candidates))

@@ -74,11 +74,11 @@ def test_a_planted_fault_is_found(place: str, fault: str, found: str) -> None:
     assert any(found in message for message in faults_of(code))
 
 
-def test_too_many_registers_are_found() -> None:
-    loose = planted(kernels.source(), {"__launch_bounds__(PRROI_THREADS, 3)": "", "#pragma unroll 1\n": "\n"})
-    loose = planted(loose, {"#pragma unroll 4\n": "#pragma unroll 16\n"})
-    used = inspect(compile_cubin(Variant(torch.float32, 7, 1), 100, loose))
-    assert any("registers" in fault for fault in faults_of(used)), used
+def test_too_many_registers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = inspect(compile_cubin(PLAIN, 90))
+    used = code["prroi_forward"].registers
+    monkeypatch.setitem(REGISTERS, "prroi_forward", used - 1)
+    assert faults_of(code) == [f"prroi_forward: {used} registers"]
 
 
 def test_a_warning_is_an_error() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-import tracemalloc
 from typing import Any
 
 import pytest
@@ -230,27 +228,20 @@ def test_the_sweep_finds_every_overlapping_pair_in_any_pieces(seed: int, count: 
 
 
 def test_twenty_thousand_scattered_boxes_need_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest, original = [0], paired_iou
+    tested: list[int] = []
 
     def watched(a: Tensor, b: Tensor) -> Tensor:
-        largest.append(len(a))
-        return original(a, b)
+        tested.append(len(a))
+        return paired_iou(a, b)
 
     monkeypatch.setattr(nms_module, "paired_iou", watched)
-    monkeypatch.setattr(nms_module, "_CHUNK_PAIRS", 500_000)
+    monkeypatch.setattr(nms_module, "_CHUNK_PAIRS", 100_000)
     boxes = random_boxes(20_000, field=20_000, size=30)
     ranks = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    tracemalloc.start()
-    start = time.perf_counter()
     keep, _ = iou_guided_nms(boxes, ranks, ranks.flip(0))
-    seconds = time.perf_counter() - start
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     assert 15_000 < len(keep) <= 20_000
-    assert max(largest) <= 500_000 + 20_000
-    assert sum(largest) < 20_000**2 / 100
-    assert peak < 20e6
-    assert seconds < 2
+    assert max(tested) <= 100_000 + 20_000  # at once
+    assert sum(tested) < 20_000**2 / 500  # in all
 
 
 def test_a_long_chain_of_neighbours() -> None:
@@ -283,7 +274,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
 
 
 def test_a_rank_that_is_nan_is_refused() -> None:
-    with pytest.raises(ValueError, match="`ious` holds NaN, which cannot be ranked. Replace it first"):
+    with pytest.raises(ValueError, match="`ious` holds NaN, which cannot be ranked"):
         iou_guided_nms(torch.zeros(1, 4), torch.zeros(1), torch.tensor([NAN]))
 
 

@@ -12,68 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from detection_rows import CATEGORIES, SIZES, Rows, Truth, codes_of, good_rows, good_truth, only, run
 
-from iou_refiner import validation
-from iou_refiner.coco import Results, read_results, xywh_to_xyxy
-from iou_refiner.validation import Finding, Report, format_report, validate
-
-Rows = list[dict[str, Any]]
-Truth = dict[str, list[dict[str, Any]]]
-
-CATEGORIES = (1, 2, 3, 5, 7, 90)
-SIZES = {11: (640, 480), 25: (500, 375), 139: (333, 500), 400: (640, 427)}
-
-
-def good_truth() -> Truth:
-    return {
-        "images": [
-            {"id": image, "file_name": f"{image + 1000:012}.jpg", "width": width, "height": height}
-            for image, (width, height) in reversed(SIZES.items())  # ids need not ascend
-        ],
-        "annotations": [
-            {"id": 1 + index, "image_id": image, "category_id": 5, "bbox": [1, 2, 30, 40], "area": 900, "iscrowd": 0}
-            for index, image in enumerate(SIZES)
-        ],
-        "categories": [{"id": category, "name": f"c{category}"} for category in CATEGORIES],
-    }
-
-
-def good_rows(count: int = 60) -> Rows:
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(count):
-        image = list(SIZES)[index % len(SIZES)]
-        low, high = np.sort(rng.uniform(0, 1, (2, 2)), axis=0) * SIZES[image]
-        rows.append(
-            {
-                "image_id": image,
-                "category_id": CATEGORIES[index % 6],
-                "bbox": [round(float(value), 2) for value in (*low, *(high - low))],
-                "score": round(float(rng.uniform(0.001, 1)), 5),
-            }
-        )
-    rows[0]["score"] = 0.00123
-    return rows
-
-
-def run(tmp_path: Path, rows: Any, truth: Any = None, **options: Any) -> Report:
-    def put(name: str, content: Any) -> Path:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        return path
-
-    return validate(put("dets.json", rows), None if truth is None else put("truth.json", truth), **options)
-
-
-def only(report: Report) -> Finding:
-    assert len(report.findings) == 1, format_report(report)
-    return report.findings[0]
-
-
-def codes_of(report: Report) -> list[str]:
-    return [finding.code for finding in report.findings]
+from iou_refiner.coco import read_results
+from iou_refiner.findings import Report, format_report
+from iou_refiner.validation import validate
 
 
 @pytest.mark.parametrize("truth", [None, good_truth()])
@@ -306,106 +249,6 @@ def test_what_stands_before_a_break_is_still_checked(tmp_path: Path) -> None:
     report = run(tmp_path, json.dumps(rows).encode()[:-9])
     assert codes_of(report) == ["E102", "E303"]
     assert report.records == 59
-
-
-def test_report_as_text(tmp_path: Path) -> None:
-    rows = good_rows()
-    rows[17]["score"] = "0.91"
-    for row in rows[30:33]:
-        row["score"] = -1
-    assert format_report(run(tmp_path, rows, good_truth(), max_examples=2)).splitlines() == [
-        "59 records, 4 images, 6 categories: 2 kinds of error, 0 of warning",
-        "E202 error x1: wrong types. Write ids as integers and scores as numbers, without quotes.",
-        '    record 18, image 25: score is a string ("0.91"), expected a number.',
-        "E303 error x3: score outside [0, 1]. They look like logits: apply the sigmoid or softmax.",
-        "    record 31, image 139: score -1",
-        "    record 32, image 400: score -1",
-        "    ... and 1 more",
-    ]
-
-
-def test_report_as_json(tmp_path: Path) -> None:
-    rows = good_rows()
-    rows[17]["score"] = -1
-    report = json.loads(json.dumps(run(tmp_path, rows).to_dict()))
-    assert report["ok"] is False
-    assert report["records"] == 60
-    assert report["findings"][0]["code"] == "E303"
-    assert report["findings"][0]["examples"] == [{"record": 18, "image_id": 25, "text": "score -1"}]
-
-
-# Traces of NMS, against slow oracles
-
-
-def slow_iou(a: list[float], b: list[float]) -> float:
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / union if width * height else 0.0
-
-
-@settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 9999), count=st.integers(0, 40))
-def test_overlaps_are_those_of_the_slow_loop(seed: int, count: int) -> None:
-    rng = np.random.default_rng(seed)
-    image, category = rng.integers(0, 3, (2, count))
-    boxes = rng.uniform(0, 50, (count, 4))
-    found = validation._same_class_overlaps(Results(image, category, boxes, rng.uniform(0, 1, count)))
-    corners = xywh_to_xyxy(boxes).tolist()
-    expected = [
-        slow_iou(corners[a], corners[b])
-        for a in range(count)
-        for b in range(a)
-        if image[a] == image[b] and category[a] == category[b]
-    ]
-    np.testing.assert_allclose(np.sort(found), sorted(value for value in expected if value > 0))
-
-
-def greedy_nms(rows: Rows, threshold: float) -> Rows:
-    kept: Rows = []
-    for row in sorted(rows, key=lambda row: -row["score"]):
-        corners = xywh_to_xyxy(np.array([row["bbox"]]))[0].tolist()
-        rivals = [
-            other
-            for other in kept
-            if other["image_id"] == row["image_id"] and other["category_id"] == row["category_id"]
-        ]
-        overlaps = [slow_iou(corners, xywh_to_xyxy(np.array([other["bbox"]]))[0].tolist()) for other in rivals]
-        if all(overlap <= threshold for overlap in overlaps):
-            kept.append(row)
-    return kept
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.7])
-def test_nms_is_recognised_and_its_absence_too(tmp_path: Path, threshold: float) -> None:
-    rng = np.random.default_rng(0)
-    rows = []
-    for image in range(15):
-        objects = rng.uniform(0, 200, (4, 4)) + np.array([0, 0, 40, 40])
-        for box in objects[rng.integers(0, 4, 60)] + rng.normal(0, 12, (60, 4)):
-            score = float(rng.uniform(0.001, 1))
-            rows.append({"image_id": image, "category_id": 1, "bbox": box.clip(1).tolist(), "score": score})
-    assert "W220" not in codes_of(run(tmp_path, rows))
-    report = run(tmp_path, greedy_nms(rows, threshold))
-    messages = [finding.message for finding in report.findings if finding.code == "W220"]
-    assert len(messages) == 1
-    assert abs(float(messages[0].split("about ")[1][:4]) - threshold) <= 0.01
-
-
-def test_the_sample_of_pairs_is_bounded_and_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    count = 6000
-    image = np.repeat(np.arange(count // 50), 50)
-    results = Results(image, np.ones(count, np.int64), rng.uniform(0, 9, (count, 4)), rng.uniform(0, 1, count))
-    monkeypatch.setattr(validation, "_PAIRS", 10_000)
-    monkeypatch.setattr(validation, "_PER_GROUP", 40)
-    rows, group = validation._sample_groups(results)
-    sizes = np.bincount(group)
-    assert set(sizes[sizes > 0].tolist()) == {40}
-    assert 0 < (sizes * (sizes - 1) // 2).sum() <= 10_000
-    for number in np.unique(group).tolist():
-        best = np.sort(results.score[image == image[rows[group == number][0]]])[::-1][:40]
-        np.testing.assert_array_equal(results.score[rows[group == number]], best)
 
 
 def test_validating_changes_nothing(tmp_path: Path) -> None:

@@ -150,22 +150,36 @@ inline void exchange(unsigned value, unsigned (&all)[WARP]) {
     warp.barrier.wait();
 }
 
+// Run `body` for every thread of every block; blocks run one after another.
 template <class Body>
-void run_block(unsigned threads, Body body) {
+void run_grid(unsigned threads, Body body) {
+    auto for_each_block = [](auto&& visit) {
+        for (unsigned y = 0; y < gridDim.y; ++y)
+            for (unsigned x = 0; x < gridDim.x; ++x) visit(Index{x, y});
+    };
 #ifdef HOST_THREADS
-    const Index here = blockIdx;
+    Block all(threads);
+    block = &all;
     std::vector<std::thread> workers;
     for (unsigned i = 0; i < threads; ++i)
         workers.emplace_back([=] {
             threadIdx.x = i;
-            blockIdx = here;
-            body();
+            for_each_block([&](Index here) {
+                blockIdx = here;
+                body();
+                block->barrier.wait();
+            });
         });
     for (std::thread& worker : workers) worker.join();
 #else
     fibers.body = [](void* argument) { (*static_cast<Body*>(argument))(); };
     fibers.argument = &body;
-    fibers.run(threads);
+    for_each_block([&](Index here) {
+        Block current(threads);
+        block = &current;
+        blockIdx = here;
+        fibers.run(threads);
+    });
 #endif
 }
 
@@ -184,12 +198,7 @@ void launch(void (*kernel)(Parameters...), Index grid, unsigned threads, void** 
     if (threads % WARP) throw std::runtime_error("a block must be whole warps");
     gridDim = grid;
     blockDim = {threads, 1};
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-            Block current(threads);
-            block = &current;
-            run_block(threads, [=] { kernel(*static_cast<Parameters*>(arguments[I])...); });
-        }
+    run_grid(threads, [=] { kernel(*static_cast<Parameters*>(arguments[I])...); });
 }
 
 // nullptr, or what went wrong.

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toys import SIZE, ToyDetector, make_dataset
+
+from iou_refiner import DataError, Detections, FeatureMaps, IoUPredictor, IoURefiner, Stage
+from iou_refiner.boxes import paired_iou, pairwise_iou
+from iou_refiner.coco import Image, read_ground_truth
+from iou_refiner.detectors import as_adapter, detector_from_spec, installed_adapters
+from iou_refiner.extraction import extract_image
+
+
+class OracleHead(IoUPredictor):
+    """Knows the objects of each image: its "prediction" is the true IoU with the best of them."""
+
+    def __init__(self, objects: list[torch.Tensor]):
+        super().__init__((4, 4), (1, 2), width=1, hidden=(2,), output_size=1, objective="smooth_l1")
+        self.objects = objects
+
+    def forward(self, pyramid, boxes, image_index, labels=None, level=None):
+        rows = [
+            pairwise_iou(box[None], self.objects[int(image)]).amax(1) for box, image in zip(boxes, image_index, strict=True)
+        ]
+        return 2 * torch.cat(rows) - 1 if rows else boxes.sum(1)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scene")
+    path, detector = make_dataset(folder, 3)
+    truth = read_ground_truth(path)
+    seen = [extract_image(detector, folder, image) for image in truth.images]
+    features = FeatureMaps(
+        tuple(torch.cat([e.features.levels[i] for e in seen]) for i in (0, 1)), (1, 2), ((SIZE, SIZE),) * 3
+    )
+    rows = truth.by_image()
+    boxes = [torch.from_numpy(truth.bbox[rows[image.id]]).float() for image in truth.images]
+    objects = [torch.cat([b[:, :2], b[:, :2] + b[:, 2:]], 1) for b in boxes]
+    images = [detector.prepare(np.asarray(_open(folder, image)))[0] for image in truth.images]
+    return features, [e.candidates for e in seen], objects, detector, images
+
+
+def _open(folder, image: Image):
+    from iou_refiner.extraction import open_image
+
+    return open_image(folder, image)
+
+
+@pytest.fixture
+def head() -> IoUPredictor:
+    torch.manual_seed(0)
+    return IoUPredictor((4, 4), (1, 2), width=3, hidden=(16,), output_size=3).eval()
+
+
+class TestStage:
+    def test_with_an_oracle_every_object_gets_one_box_that_fits(self, scene):
+        features, candidates, objects, _, _ = scene
+        stage = Stage(OracleHead(objects), steps=30, step_size=0.1)
+        for kept, truth, given in zip(stage(features, candidates), objects, candidates, strict=True):
+            assert len(kept) == len(truth)
+            best = pairwise_iou(kept.boxes, truth).amax(1)
+            assert best.min() > 0.97
+            assert best.min() > pairwise_iou(given.boxes, truth).amax()
+            torch.testing.assert_close(kept.ious, best, atol=1e-4, rtol=0)
+
+    def test_each_part_alone(self, scene):
+        features, candidates, objects, _, _ = scene
+        oracle = OracleHead(objects)
+        plain = Stage(oracle, nms="greedy", steps=0)(features, candidates)
+        own = ToyDetector.own_suppression(features, candidates)
+        for ours, theirs in zip(plain, own, strict=True):
+            assert torch.equal(ours.boxes, theirs.boxes)
+            assert torch.equal(ours.scores, theirs.scores)
+        guided = Stage(oracle, nms="iou", steps=0)(features, candidates)
+        assert sum(d.ious.amax() for d in guided) > sum(d.ious.amax() for d in plain)
+        for ours, theirs, given in zip(guided, plain, candidates, strict=True):
+            assert ours.ious.amax() >= theirs.ious.amax()
+            assert ours.scores.max() == given.scores.max()  # the score of the cluster, not of the box
+        moved = Stage(oracle, nms="greedy", steps=5)(features, candidates)
+        for ours, theirs in zip(moved, plain, strict=True):
+            assert set(ours.scores.tolist()) <= set(theirs.scores.tolist())
+            assert ours.ious.mean() > theirs.ious.mean()
+        scored = Stage(oracle, nms="greedy", steps=0, score_alpha=0.5)(features, candidates)
+        for ours in scored:
+            assert (ours.scores.diff() <= 0).all()
+            assert (ours.ious.diff() <= 0).sum() >= len(ours) - 2
+        assert all(len(d) == len(c) for d, c in zip(Stage(oracle, nms="none")(features, candidates), candidates, strict=True))
+        assert len(Stage(oracle, nms="soft", steps=0)(features, candidates)[0]) > len(plain[0])
+
+    def test_source_joins_what_came_out_with_what_went_in(self, scene, head):
+        features, candidates, _, _, _ = scene
+        given = [d.replace(source=torch.arange(len(d))) for d in candidates]
+        for out, before in zip(Stage(head, steps=0)(features, given), given, strict=True):
+            assert torch.equal(out.boxes, before.boxes[out.source])
+
+    def test_images_of_a_batch_do_not_touch_each_other(self, scene, head):
+        features, candidates, _, _, _ = scene
+        stage = Stage(head)
+        together = stage(features, candidates)
+        for index in range(3):
+            maps = FeatureMaps(tuple(level[index : index + 1] for level in features.levels), (1, 2), ((SIZE, SIZE),))
+            (alone,) = stage(maps, [candidates[index]])
+            torch.testing.assert_close(alone.boxes, together[index].boxes, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(alone.ious, together[index].ious, atol=1e-5, rtol=1e-5)
+
+    def test_plain_no_grad_and_inference_mode_agree(self, scene, head):
+        features, candidates, _, _, _ = scene
+        results = [Stage(head)(features, candidates)]
+        with torch.no_grad():
+            results.append(Stage(head)(features, candidates))
+        with torch.inference_mode():
+            inside = FeatureMaps(tuple(level.clone() for level in features.levels), (1, 2), features.image_sizes)
+            boxes = [Detections(c.boxes.clone(), c.scores.clone(), c.labels.clone()) for c in candidates]
+            results.append(Stage(head)(inside, boxes))
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a.boxes, b.boxes)
+                assert torch.equal(a.scores, b.scores)
+                assert torch.equal(a.ious, b.ious)
+
+    def test_features_that_are_not_finite_leave_boxes_as_they_were_and_are_counted(self, scene, head):
+        features, candidates, _, _, _ = scene
+        levels = tuple(level.clone() for level in features.levels)
+        levels[0][1] = torch.nan
+        stage = Stage(head, score_alpha=0.5)
+        out = stage(FeatureMaps(levels, (1, 2), features.image_sizes), candidates)
+        expected = Stage(head, nms="greedy", steps=0)(features, candidates)[1]
+        assert torch.equal(out[1].boxes, expected.boxes)  # what the detector itself would have said
+        assert torch.equal(out[1].scores, expected.scores)
+        assert (out[1].ious == 0).all()
+        for detections in out:
+            assert torch.isfinite(detections.boxes).all()
+            assert torch.isfinite(detections.scores).all()
+            assert torch.isfinite(detections.ious).all()
+        assert stage.summary.unpredicted == len(candidates[1])
+        assert f"{len(candidates[1]):,} boxes without a prediction" in str(stage.summary)
+
+    def test_boxes_that_are_not_finite_do_not_come_out(self, scene, head):
+        features, candidates, _, _, _ = scene
+        boxes = candidates[0].boxes.clone()
+        boxes[0], boxes[1] = torch.nan, torch.tensor([5.0, 5, torch.inf, 9])
+        out = Stage(head)(features, [candidates[0].replace(boxes=boxes), *candidates[1:]])
+        assert torch.isfinite(out[0].boxes).all()
+
+    def test_boxes_stay_inside_the_image(self, scene, head):
+        features, candidates, _, _, _ = scene
+        for detections in Stage(head, step_size=5.0)(features, candidates):
+            assert detections.boxes.min() >= 0
+            assert detections.boxes.max() <= SIZE
+            assert (detections.boxes[:, 2:] > detections.boxes[:, :2]).all()
+
+    def test_empty_images_and_limits(self, scene, head):
+        features, candidates, _, _, _ = scene
+        none = candidates[0][:0]
+        out = Stage(head, max_detections=2)(features, [none, candidates[1], none])
+        assert [len(d) for d in out] == [0, min(2, len(out[1])), 0]
+        assert all(d.ious is not None for d in out)
+        stage = Stage(head, nms="none", refine_top=3)
+        stage(features, candidates)
+        assert stage.summary.refined == 9
+
+    def test_candidates_are_not_mutated(self, scene, head):
+        features, candidates, _, _, _ = scene
+        before = [d.boxes.clone() for d in candidates]
+        Stage(head)(features, candidates)
+        assert all(torch.equal(a, d.boxes) and d.ious is None for a, d in zip(before, candidates, strict=True))
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"nms": "guided"}, "`nms` must be one of 'iou', 'greedy'"),
+            ({"rank_alpha": 2}, r"`rank_alpha` must lie in \[0, 1\], got 2"),
+            ({"steps": -1}, "0 or more"),
+            ({"step_size": float("nan")}, "`step_size`"),
+        ],
+    )
+    def test_wrong_settings_are_named(self, head, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            Stage(head, **wrong)
+
+
+class TestIoURefiner:
+    def test_without_a_head_it_is_the_detector(self, scene):
+        _, _, _, detector, images = scene
+        for ours, own in zip(IoURefiner(detector)(images), detector(images), strict=True):
+            assert ours.keys() == own.keys()
+            assert all(torch.equal(ours[name], own[name]) for name in own)
+
+    def test_with_a_head_the_same_keys_and_ious(self, scene, head, tmp_path):
+        _, _, _, detector, images = scene
+        head.detector = detector.fingerprint()
+        head.save(tmp_path / "head.safetensors")
+        for given in (head, tmp_path / "head.safetensors", str(tmp_path / "head.safetensors")):
+            for result in IoURefiner(detector, given)(images):
+                assert list(result) == ["boxes", "scores", "labels", "ious"]
+                assert len({len(value) for value in result.values()}) == 1
+
+    def test_it_gains_what_it_says(self, scene):
+        _, _, objects, detector, images = scene
+        refined = IoURefiner(detector, OracleHead(objects), steps=20)(images)
+        for ours, own, truth in zip(refined, detector(images), objects, strict=True):
+            best = [pairwise_iou(r["boxes"][:1], truth).amax().item() for r in (ours, own)]
+            assert best[0] > best[1]
+
+    def test_a_detector_in_training_mode_is_left_alone(self, scene, head):
+        _, _, _, detector, images = scene
+        refiner = IoURefiner(detector, head)
+        try:
+            detector.train()
+            assert "ious" not in refiner(images)[0]
+        finally:
+            detector.eval()
+
+    def test_the_head_of_another_detector_is_refused(self, scene, head):
+        _, _, _, detector, _ = scene
+        head.detector = "0123456789abcdef"
+        with pytest.raises(ValueError, match=r"trained on a detector with other weights \(fingerprint 0123456789ab"):
+            IoURefiner(detector, head)
+
+    def test_features_of_another_shape_are_refused_in_words(self, scene):
+        _, _, _, detector, images = scene
+        with pytest.raises(ValueError, match=r"made for 1 levels of \(8,\) channels"):
+            IoURefiner(detector, IoUPredictor((8,), (4,)))(images)
+
+    def test_settings_without_a_head_are_refused(self, scene):
+        with pytest.raises(ValueError, match="need a `head`"):
+            IoURefiner(scene[3], steps=3)
+
+
+class TestDetectors:
+    def test_an_object_nobody_knows_is_named(self):
+        with pytest.raises(TypeError, match=r"No adapter for a detector of type torch.nn.modules.linear.Linear"):
+            as_adapter(torch.nn.Linear(1, 1))
+
+    def test_the_adapters_of_the_package_are_installed(self):
+        assert {"onnx", "torchvision"} <= installed_adapters().keys()
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("nonsense", "is not of the form adapter:name"),
+            ("torchvison:fasterrcnn", "Did you mean 'torchvision'"),
+            ("nowhere.py:make", "no file nowhere.py"),
+            ("json:lodas", "has no function 'lodas'. Did you mean 'loads'"),
+        ],
+    )
+    def test_a_wrong_spec_is_explained(self, spec, message):
+        with pytest.raises(DataError, match=message):
+            detector_from_spec(spec)
+
+    def test_a_function_in_a_file(self, tmp_path):
+        (tmp_path / "mine.py").write_text("from toys import ToyDetector\n\ndef make():\n    return ToyDetector({})\n")
+        assert isinstance(detector_from_spec(f"{tmp_path / 'mine.py'}:make"), ToyDetector)
+
+
+def test_paired_iou_of_the_oracle_is_exact(scene):
+    objects = torch.cat(scene[2])
+    torch.testing.assert_close(paired_iou(objects, objects), torch.ones(len(objects)))
