@@ -21,15 +21,13 @@ from iou_refiner._checks import require
 from iou_refiner.extraction import Suppression
 
 
-
-
 class TorchvisionAdapter:
     """Faster R-CNN of ``torchvision.models.detection``, and its Mask and Keypoint kin.
 
     Args:
         detector: the live detector.
-        longest_side: if given, :meth:`prepare` shrinks or enlarges images to it (with antialiasing) before the call, for
-            detectors trained on images made so.
+        longest_side: if given, :meth:`prepare` scales images to it (with antialiasing) before the call, for detectors
+            trained on images made so.
 
     Raises:
         TypeError: the detector is not of the Faster R-CNN family.
@@ -39,9 +37,9 @@ class TorchvisionAdapter:
         heads = getattr(detector, "roi_heads", None)
         if heads is None or not hasattr(heads, "postprocess_detections") or not hasattr(detector, "transform"):
             raise TypeError(
-                f"The torchvision adapter takes Faster R-CNN and its kin (with .roi_heads), got {type(detector).__name__}."
+                f"The torchvision adapter takes the Faster R-CNN family (.roi_heads), got {type(detector).__name__}."
             )
-        self.detector = detector
+        self.detector: Any = detector
         self.longest_side = longest_side
         self.category_ids: dict[int, int] | None = None  # torchvision's labels are the category ids it was trained on
 
@@ -54,7 +52,8 @@ class TorchvisionAdapter:
     @property
     def device(self) -> torch.device:
         """Where the detector's weights are."""
-        return next(self.detector.parameters()).device
+        device: torch.device = next(self.detector.parameters()).device
+        return device
 
     def to(self, device: torch.device | str) -> TorchvisionAdapter:
         """Move the detector."""
@@ -117,7 +116,7 @@ class TorchvisionAdapter:
         return features, candidates, frames
 
 
-def _twin(detector: nn.Module, suppress: Callable[..., list[Detections]]) -> Any:
+def _twin(detector: Any, suppress: Callable[..., list[Detections]]) -> Any:
     """A shallow copy of the detector whose suppression is ``suppress(features, candidates, image_shapes)``."""
     heads = detector.roi_heads
     twin, twin_heads = _shallow(detector), _shallow(heads)
@@ -145,7 +144,9 @@ def _shallow(module: nn.Module) -> Any:
     return twin
 
 
-def _feature_maps(maps: dict[str, Tensor], names: Sequence[str], image_shapes: Sequence[tuple[int, int]]) -> FeatureMaps:
+def _feature_maps(
+    maps: dict[str, Tensor], names: Sequence[str], image_shapes: Sequence[tuple[int, int]]
+) -> FeatureMaps:
     """The levels the box head reads. Strides are powers of two; padding blurs them least on the longer side."""
     sides = [max(shape[axis] for shape in image_shapes) for axis in (0, 1)]
     axis = 0 if sides[0] >= sides[1] else 1
@@ -155,7 +156,7 @@ def _feature_maps(maps: dict[str, Tensor], names: Sequence[str], image_shapes: S
 
 
 def candidates(
-    heads: nn.Module, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Any
+    heads: Any, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Any
 ) -> list[Detections]:
     """What ``RoIHeads.postprocess_detections`` has before it suppresses: one row per box and class, image by image.
 

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import safetensors.torch
+
 from iou_refiner.adapters.onnx import OnnxAdapter
 from iou_refiner.adapters.torchvision import TorchvisionAdapter
 

@@ -101,12 +101,23 @@ class Console:
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
         """Bars on stderr, one for each phase: ``progress(phase, done, total)``. None where nobody watches."""
         from rich.console import Console as Rich
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         rich = Rich(stderr=True)
         with Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=rich, disable=self.quiet or not rich.is_terminal
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=rich,
+            disable=self.quiet or not rich.is_terminal,
         ) as bars:
             tasks: dict[str, Any] = {}
 
@@ -137,9 +148,8 @@ class Console:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             known = ["auto", "cpu", "cuda", "mps"]
-            raise UsageError(
-                f"--device {self.device} cannot be used here ({str(error).splitlines()[0]}).{did_you_mean(self.device, known)}"
-            ) from None
+            reason, hint = str(error).splitlines()[0], did_you_mean(self.device, known)
+            raise UsageError(f"--device {self.device} cannot be used here ({reason}).{hint}") from None
         return device
 
     def look(self, adapter: Adapter, folder: Path, cache: Path | None) -> Look:

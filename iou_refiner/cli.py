@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -294,7 +294,9 @@ def eval_(
     detections: Path,
     *,
     ann: Annotation,
-    baseline: Annotated[Path | None, Parameter(help="COCO results before; adds the difference and its interval.")] = None,
+    baseline: Annotated[
+        Path | None, Parameter(help="COCO results before; adds the difference and its interval.")
+    ] = None,
     bootstrap: int = 1000,
     max_dets: int = 100,
     fail_under: Annotated[tuple[str, ...], Parameter(help="A gate such as AP=0.38, or with --baseline +AP=0.")] = (),
@@ -329,12 +331,12 @@ def eval_(
             read_results(baseline), results, ground_truth,
             resamples=bootstrap, seed=console.seed, max_dets=max_dets,
         )  # fmt: skip
-        console.table(
-            ["", "before", "after", "difference", "95 % interval"], comparison.rows(), comparison.to_dict()
-        )
-        measured = comparison.after.metrics | {f"+{k}": v for k, v in comparison.differences.items()}
+        console.table(["", "before", "after", "difference", "95 % interval"], comparison.rows(), comparison.to_dict())
+        measured = {**comparison.after.metrics, **{f"+{k}": v for k, v in comparison.differences.items()}}
     with console.usage():
-        missed = [f"{name} is {_of(measured, name):.4f}, below {bar}" for name, bar in gates if _of(measured, name) < bar]
+        missed = [
+            f"{name} is {_of(measured, name):.4f}, below {bar}" for name, bar in gates if _of(measured, name) < bar
+        ]
     for line in missed:
         console.note(f"Gate missed: {line}.")
     return GATE_MISSED if missed else OK
@@ -367,7 +369,7 @@ def _gate(text: str, has_baseline: bool) -> tuple[str, float]:
         raise ValueError(f"--fail-under {text!r} is not of the form NAME=NUMBER, for example AP=0.38.") from None
 
 
-def _of(measured: dict[str, float], name: str) -> float:
+def _of(measured: Mapping[str, float], name: str) -> float:
     if name not in measured:
         raise ValueError(f"--fail-under {name}: no such metric; there are {', '.join(measured)}.")
     return measured[name]
@@ -381,7 +383,9 @@ def _run(
     device: Annotated[str, Parameter(group=_GLOBAL, help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, Parameter(group=_GLOBAL, help="Same seed, same bytes on CPU.")] = 0,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative=(), group=_GLOBAL, help="Results only.")] = False,
-    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative=(), group=_GLOBAL, help="Tracebacks.")] = False,
+    verbose: Annotated[
+        bool, Parameter(name=["--verbose", "-v"], negative=(), group=_GLOBAL, help="Tracebacks.")
+    ] = False,
 ) -> int:
     console = Console(as_json=as_json, device=device, seed=seed, quiet=quiet, verbose=verbose)
     app.config = [*_config_file(config), Env("IOU_REFINER_")]
@@ -413,7 +417,7 @@ def _run(
 def _config_file(path: Path | None) -> list[Any]:
     if path is None:
         return []
-    kinds = {".toml": Toml, ".yaml": Yaml, ".yml": Yaml, ".json": Json}
+    kinds: dict[str, Any] = {".toml": Toml, ".yaml": Yaml, ".yml": Yaml, ".json": Json}
     if path.suffix not in kinds:
         raise UsageError(f"--config {path}: expected a .toml, .yaml or .json file.")
     return [kinds[path.suffix](path, must_exist=True)]

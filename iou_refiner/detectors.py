@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def as_adapter(detector: Any) -> Adapter:
     known = installed_adapters()
     for name in known:
         if name in roots:
-            adapter = known[name].load()(detector)
-            return adapter
+            wrap: Callable[[Any], Adapter] = known[name].load()
+            return wrap(detector)
     raise TypeError(
         f"No adapter for a detector of type {type(detector).__module__}.{type(detector).__qualname__}. Installed: "
         f"{', '.join(known) or 'none'}. Bring your own: an object with the methods of iou_refiner.Adapter."
@@ -52,7 +53,9 @@ def detector_from_spec(spec: str) -> Adapter:
     Raises:
         DataError: the spec is malformed, or names what is not there.
     """
-    kind, colon, name = spec.rpartition(":") if spec.split(":", 1)[0] not in installed_adapters() else spec.partition(":")
+    kind, colon, name = (
+        spec.rpartition(":") if spec.split(":", 1)[0] not in installed_adapters() else spec.partition(":")
+    )
     if not colon or not kind or not name:
         raise DataError(
             f"--detector {spec!r} is not of the form adapter:name, package.module:function or file.py:function. "

@@ -15,7 +15,7 @@ the box is the same sum with the derivative weights
     dw_k/da = (w_k - hat(a - k)) / (b - a),     dw_k/db = (hat(b - k) - w_k) / (b - a),
 
 which are exact also where an edge lies on an integer (differentiating through min, max or clamp is not). Weights are
-computed in float64 and stored in the dtype of the table: for a bin of a thousandth of a cell they cancel in float32.
+computed in float64 and stored in the dtype of the table; for bins shorter than a cell, in a form that does not cancel.
 
 On CUDA tensors with CuPy the same contract is met by the kernels of :mod:`iou_refiner.kernels`.
 """
@@ -303,6 +303,22 @@ def _hat_integral(t: Tensor) -> Tensor:
     return t - t * t.abs() / 2
 
 
+def _short_bin(a: Tensor, b: Tensor, length: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and its derivatives by ``a`` and ``b`` of a bin shorter than a cell.
+
+    The general forms subtract near-equal numbers and lose the derivatives of a bin of a millionth of a cell. Within a
+    short bin the hat changes its slope at most once, at ``knot``, and the same integrals are sums of slopes.
+    """
+    knot = b.floor()
+    before = ((knot - a) / length).clamp(0, 1)  # share of the bin below the knot
+    after = 1 - before
+    rising, peak, falling = ((knot == cell + step).to(a.dtype) for step in (-1, 0, 1))
+    slope_before, slope_after = peak - falling, rising - peak
+    d_a = slope_before * before * (before / 2 + after) + slope_after * after * after / 2
+    d_b = slope_after * after * (after / 2 + before) + slope_before * before * before / 2
+    return _hat(a - cell) + length * d_a, d_a, d_b
+
+
 def _axis(low: Tensor, high: Tensor, size: Tensor, bins: int) -> _Axis:
     """Weights along one axis for boxes ``[low, high]`` (R,) in cells on maps of ``size`` (R,) cells."""
     fraction = torch.arange(bins + 1, dtype=low.dtype, device=low.device) / bins
@@ -318,9 +334,12 @@ def _axis(low: Tensor, high: Tensor, size: Tensor, bins: int) -> _Axis:
     cell = first[..., None] + step  # (R, P, T)
     used = step < count[..., None]
     length = torch.where(b > a, b - a, 1.0)[..., None]
-    from_a, from_b = a[..., None] - cell, b[..., None] - cell
-    weight = (_hat_integral(from_b) - _hat_integral(from_a)) / length
-    d_a, d_b = (weight - _hat(from_a)) / length, (_hat(from_b) - weight) / length
+    a, b = a[..., None], b[..., None]
+    weight = (_hat_integral(b - cell) - _hat_integral(a - cell)) / length
+    d_a, d_b = (weight - _hat(a - cell)) / length, (_hat(b - cell) - weight) / length
+    short = length < 0.5
+    exact = _short_bin(a, b, length, cell)
+    weight, d_a, d_b = (torch.where(short, one, other) for one, other in zip(exact, (weight, d_a, d_b), strict=True))
     # a = low (1 - p/P) + high p/P, b likewise with p + 1: the chain rule to the edges of the box.
     at_a, at_b = fraction[:-1, None], fraction[1:, None]
     d_low = d_a * (1 - at_a) + d_b * (1 - at_b)

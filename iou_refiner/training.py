@@ -82,7 +82,8 @@ def fit(
     frozen = train.cache.adapter.fingerprint()
     settings = {
         "epochs": epochs, "batch_size": batch_size, "boxes_per_image": boxes_per_image, "seed": seed, "lr": lr,
-        "candidate_share": candidate_share, "lowest_iou": lowest_iou, "weight_decay": weight_decay, "images": len(train),
+        "candidate_share": candidate_share, "lowest_iou": lowest_iou, "weight_decay": weight_decay,
+        "images": len(train),
     }  # fmt: skip
     steps_per_epoch = math.ceil(len(train) / batch_size)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
@@ -198,9 +199,9 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
     """How well the head knows the true IoU of the detector's own candidates.
 
     Returns:
-        ``pearson`` and ``mae`` of predicted with true IoU on candidates whose true IoU is above ``above``, ``pearson_score``
-        of the class score on the same, ``candidates`` their number, and ``pearson_all``, ``mae_all`` on all candidates.
-        NaN without any.
+        On candidates whose true IoU is above ``above``: ``pearson`` and ``mae`` of the predicted IoU, ``pearson_score``
+        of the class score, and ``candidates``, their number; on all candidates ``pearson_all`` and ``mae_all``. NaN
+        where there are none.
     """
     columns: list[Tensor] = []
     for index in range(len(dataset)):

@@ -105,9 +105,7 @@ class Bench:
             before, after = before[before.source.argsort()], after[after.source.argsort()]
             assert torch.equal(before.source, after.source)
             moved = (before.boxes != after.boxes).any(1)
-            pairs.append(
-                torch.stack([true_iou(d.boxes[moved], d.labels[moved], objects) for d in (before, after)])
-            )
+            pairs.append(torch.stack([true_iou(d.boxes[moved], d.labels[moved], objects) for d in (before, after)]))
         before, after = torch.cat(pairs, 1)
         judged = torch.isfinite(before) & torch.isfinite(after) & (before > 0.5)
         change = (after - before)[judged]
@@ -155,7 +153,9 @@ def main() -> None:
         return
     chosen = {name: getattr(options, name) for name in ("nms_threshold", "rank_alpha", "step_size", "margin", "steps")}
     rows = variants(own, options.alpha, chosen)
-    table = Table("", *METRICS, "difference of AP [95 %]", "of AP50", "of AP90", title=f"{options.detector}, {options.split}")
+    table = Table(
+        "", *METRICS, "difference of AP [95 %]", "of AP50", "of AP90", title=f"{options.detector}, {options.split}"
+    )
     record: dict[str, Any] = {"settings": chosen | {"score_alpha": options.alpha, "own_nms": own}, "rows": {}}
     before, _ = bench.run(**rows["detector"])
     for name, settings in rows.items():

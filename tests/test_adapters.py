@@ -22,8 +22,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from iou_refiner.adapters.onnx import OnnxAdapter, letterbox
-from iou_refiner.adapters.torchvision import TorchvisionAdapter
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torchvision import ops
@@ -34,6 +32,8 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from iou_refiner import DataError, Detections, FeatureMaps, Frame, IoURefiner
+from iou_refiner.adapters.onnx import OnnxAdapter, letterbox
+from iou_refiner.adapters.torchvision import TorchvisionAdapter
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IOU_REFINER_SHARED", ROOT.parent / "shared"))

@@ -47,7 +47,9 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_a_module_imports_only_those_before_it(name: str):
-    own = {m.removeprefix("iou_refiner.").split(".")[0] for m in imports(modules()[name]) if m.startswith("iou_refiner.")}
+    own = {
+        m.removeprefix("iou_refiner.").split(".")[0] for m in imports(modules()[name]) if m.startswith("iou_refiner.")
+    }
     wrong = {m for m in own & set(ORDER) if ORDER.index(m) >= ORDER.index(name)}
     assert not wrong, f"{name} imports {wrong}, which stand after it"
 

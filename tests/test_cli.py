@@ -53,12 +53,11 @@ def run(home, monkeypatch, capsys):
     return call
 
 
-
 @pytest.fixture(scope="module")
 def trained(home) -> Path:
     settings = ("--epochs", "8", "--lr", "3e-3", "--width", "4", "--hidden", "16", "--boxes-per-image", "24")
     subprocess.run(
-        [sys.executable, "-m", "iou_refiner", "train", *DATA, "-o", "run", *settings, "--val-ann", "images/annotation.json"],
+        [sys.executable, "-m", "iou_refiner", "train", *DATA, "-o", "run", *settings, "--val-ann", DATA[3]],
         cwd=home, check=True, capture_output=True,
     )  # fmt: skip
     return home / "run" / "head.safetensors"
@@ -77,7 +76,9 @@ class TestSurface:
         assert run("--version")[1].strip() == __version__
 
     def test_the_module_runs_too(self, home):
-        done = subprocess.run([sys.executable, "-m", "iou_refiner", "--version"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "iou_refiner", "--version"], capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == __version__
 
     @pytest.mark.parametrize(
@@ -137,7 +138,11 @@ class TestDoctor:
         from iou_refiner import pooling
 
         right = pooling._Portable.forward if hasattr(pooling, "_Portable") else pooling.portable.forward
-        target = "iou_refiner.pooling._Portable.forward" if hasattr(pooling, "_Portable") else "iou_refiner._portable.forward"
+        target = (
+            "iou_refiner.pooling._Portable.forward"
+            if hasattr(pooling, "_Portable")
+            else "iou_refiner._portable.forward"
+        )
         monkeypatch.setattr(target, lambda *a: right(*a) + 0.01)
         status, out, _ = run("doctor")
         assert status == 1
@@ -155,8 +160,8 @@ class TestThreeJobs:
         assert err == ""
         better = read_results("better.json")
         assert better.iou is not None
-        status, out, _ = run("eval", "better.json", "--ann", "images/annotation.json", "--baseline", "dets.json", "--json",
-                             "--bootstrap", "50")  # fmt: skip
+        words = ("--ann", "images/annotation.json", "--baseline", "dets.json", "--json", "--bootstrap", "50")
+        status, out, _ = run("eval", "better.json", *words)
         comparison = json.loads(out)
         assert status == 0
         assert comparison["after"]["metrics"]["AP"] > comparison["before"]["metrics"]["AP"]
@@ -265,6 +270,9 @@ class TestGates:
 def test_validate_and_help_never_wait_for_torch(home):
     (home / "few.json").write_text("[]")
     for words in (["--help"], ["validate", "few.json"], ["rescore", "--help"]):
-        code = f"import sys\nfrom iou_refiner.cli import main\ntry:\n    main({words!r})\nfinally:\n    assert 'torch' not in sys.modules"
+        code = (
+            f"import sys\nfrom iou_refiner.cli import main\ntry:\n    main({words!r})\n"
+            "finally:\n    assert 'torch' not in sys.modules"
+        )
         done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, env=os.environ)
         assert done.returncode == 0, done.stderr

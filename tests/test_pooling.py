@@ -243,6 +243,22 @@ def test_gradient_to_boxes_with_edges_on_cells() -> None:
     assert gradient_error((cells + 0.5) * 4, 4.0, 1e-7) <= GRADIENT
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-9])
+def test_gradient_of_a_vanishing_box_keeps_its_digits(size: float) -> None:
+    """Over a ridge: the mean of 1 - |x - 5| over [5 - p, 5 + q] is 1 - (p^2 + q^2) / (2 (p + q))."""
+    ridge = torch.zeros(1, 1, 9, 11, dtype=torch.float64)
+    ridge[..., 5] = 1
+    p, q = size, 2 * size
+    box = torch.tensor([[5 - p, 3.0, 5 + q, 3.0 + size]], dtype=torch.float64, requires_grad=True)
+    pooled = prroi_pool(maps_of(ridge), box, output_size=1, aligned=False)
+    pooled.sum().backward()
+    assert pooled.item() == pytest.approx(1 - (p * p + q * q) / (2 * (p + q)), abs=1e-12)
+    by_edge = [(p * (p + q) - (p * p + q * q) / 2) / (p + q) ** 2, -(q * (p + q) - (p * p + q * q) / 2) / (p + q) ** 2]
+    assert box.grad is not None
+    torch.testing.assert_close(box.grad[0, ::2], torch.tensor(by_edge, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(box.grad[0, 1::2], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 def test_gradcheck_of_boxes_and_features(aligned: bool) -> None:
     feature = random_map(5, 6, 2).double().requires_grad_()

@@ -21,7 +21,8 @@ class OracleHead(IoUPredictor):
 
     def forward(self, pyramid, boxes, image_index, labels=None, level=None):
         rows = [
-            pairwise_iou(box[None], self.objects[int(image)]).amax(1) for box, image in zip(boxes, image_index, strict=True)
+            pairwise_iou(box[None], self.objects[int(image)]).amax(1)
+            for box, image in zip(boxes, image_index, strict=True)
         ]
         return 2 * torch.cat(rows) - 1 if rows else boxes.sum(1)
 
@@ -86,7 +87,9 @@ class TestStage:
         for ours in scored:
             assert (ours.scores.diff() <= 0).all()
             assert (ours.ious.diff() <= 0).sum() >= len(ours) - 2
-        assert all(len(d) == len(c) for d, c in zip(Stage(oracle, nms="none")(features, candidates), candidates, strict=True))
+        assert all(
+            len(d) == len(c) for d, c in zip(Stage(oracle, nms="none")(features, candidates), candidates, strict=True)
+        )
         assert len(Stage(oracle, nms="soft", steps=0)(features, candidates)[0]) > len(plain[0])
 
     def test_source_joins_what_came_out_with_what_went_in(self, scene, head):

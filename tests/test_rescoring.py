@@ -32,7 +32,9 @@ def test_a_dump_is_the_candidates_in_image_pixels(scene):
     dumped = candidates(scene)
     found = look(truth.images[0])
     rows = dumped.by_image()[truth.images[0].id]
-    expected = found.frame.to_image(found.candidates.boxes[found.candidates.scores.argsort(descending=True, stable=True)])
+    expected = found.frame.to_image(
+        found.candidates.boxes[found.candidates.scores.argsort(descending=True, stable=True)]
+    )
     np.testing.assert_allclose(xywh_to_xyxy(dumped.bbox[rows]), expected.double().numpy(), atol=1e-5)
     assert (np.diff(dumped.score[rows]) <= 0).all()
     top = Results.concat(dump_candidates(look, None, truth, top=5))
@@ -131,4 +133,4 @@ def test_a_cache_gives_the_same_within_half_precision(scene, tmp_path):
         cached = Results.concat(rescore(partial(cache.get, folder), None, Stage(head), candidates(scene), truth))
         np.testing.assert_array_equal(cached.bbox, live.bbox)
         np.testing.assert_array_equal(cached.iou, live.iou)
-    assert SIZE == truth.images[0].width
+    assert truth.images[0].width == SIZE

@@ -49,7 +49,7 @@ class TestCache:
         assert list(cache.fill(folder, truth.images)) == []
 
     def test_the_cache_of_another_detector_is_refused(self, toy, tmp_path):
-        folder, _, detector, cache = toy
+        _, _, detector, cache = toy
         other = type(detector)(detector.objects)
         with torch.no_grad():
             other.weight.fill_(2.0)

@@ -51,7 +51,9 @@ class ToyDetector(torch.nn.Module):
     def extract(self, images: list[torch.Tensor]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
         batch = torch.stack(list(images))[:, :1] * self.weight.detach()
         half = torch.nn.functional.avg_pool2d(batch, 2)
-        maps = FeatureMaps((batch.expand(-1, 4, -1, -1), half.expand(-1, 4, -1, -1)), (1, 2), ((SIZE, SIZE),) * len(images))
+        maps = FeatureMaps(
+            (batch.expand(-1, 4, -1, -1), half.expand(-1, 4, -1, -1)), (1, 2), ((SIZE, SIZE),) * len(images)
+        )
         return maps, [self._find(image) for image in images], [Frame((SIZE, SIZE)) for _ in images]
 
     def _find(self, image: torch.Tensor) -> Detections:
