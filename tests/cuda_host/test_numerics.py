@@ -120,6 +120,8 @@ def test_same_results_as_the_portable_path(on_host: Library, dtype: torch.dtype)
 def test_box_policy(on_host: Library) -> None:
     rows = [[9, 9, 9, 20], [9, 9, 3, 20], [NAN, 0, 9, 9], [0, 0, 9, INF], [-INF, 0, INF, 9], *[[3, 3, 40, 40]] * 3]
     shared = list(arguments(torch.float32, 4, 0, torch.tensor(rows, dtype=torch.float32)))
+    # A map lies in memory before the first, where an index of -1 must not find it.
+    shared[1:4] = [torch.cat([item[:1], item])[1:] for item in shared[1:4]]
     shared[5] = torch.tensor([0, 1, 2, 3, 0, -1, 4, 2**31 - 1], dtype=torch.int32)
     pooled = kernels.forward(*shared, 3, 0.5)
     gradient = kernels.backward_boxes(torch.ones_like(pooled), *shared, 0.5)
