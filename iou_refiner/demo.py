@@ -40,8 +40,8 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "both": {"nms": "iou"},
 }
 _DETECTOR_ALONE: Mapping[str, Any] = {"nms": "greedy", "steps": 0}
-# A smaller head than the default, fed few boxes of many images: it has half a minute, and a dozen backgrounds to learn by
-# heart if it is let. Settings of the predictor, and of its training.
+# A smaller head than the default, fed few boxes of many images: it has half a minute, and a dozen backgrounds to learn
+# by heart if it is let. Settings of the predictor, and of its training.
 _HEAD: Mapping[str, Any] = {"width": 32, "hidden": (128, 128)}
 _TRAINING: Mapping[str, Any] = {"batch_size": 4, "boxes_per_image": 48, "lr": 3e-3}
 _SHOWN = ("AP", "AP50", "AP75", "AP90")
@@ -56,9 +56,9 @@ class Budget:
     """How much is drawn and trained. Counts, not seconds: the same numbers come out of any machine."""
 
     train_images: int = 480
-    head_images: int = 600
+    head_images: int = 450
     test_images: int = 120
-    detector_steps: int = 540
+    detector_steps: int = 480
     head_epochs: int = 3
 
 

@@ -200,7 +200,7 @@ def _background(sources: Sources, rng: np.random.Generator) -> FloatArray:
     resampling = require("PIL.Image", extra="demo", purpose="The demo").Resampling.BILINEAR
     crop = photograph.resize((IMAGE_SIDE, IMAGE_SIDE), resampling, box=(left, top, left + side, top + side))
     # A dozen photographs are few: turned by quarters and mirrored they are harder to learn by heart.
-    pixels = np.rot90(np.asarray(crop, np.float64)[:, :: rng.choice([-1, 1])], rng.integers(4))
+    pixels = np.rot90(np.asarray(crop, np.float64)[:, :: rng.choice([-1, 1])], int(rng.integers(4)))
     return np.ascontiguousarray(pixels) / 255
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from toys import make_dataset
 
-from iou_refiner import cli
+from iou_refiner import _portable, cli
 from iou_refiner._version import __version__
 from iou_refiner.coco import Results, read_results, write_results
 from iou_refiner.nms_trace import suppressed_at
@@ -135,15 +135,8 @@ class TestDoctor:
         assert found["versions"]["iou-refiner"] == __version__
 
     def test_it_notices_wrong_pooling(self, run, monkeypatch):
-        from iou_refiner import pooling
-
-        right = pooling._Portable.forward if hasattr(pooling, "_Portable") else pooling.portable.forward
-        target = (
-            "iou_refiner.pooling._Portable.forward"
-            if hasattr(pooling, "_Portable")
-            else "iou_refiner._portable.forward"
-        )
-        monkeypatch.setattr(target, lambda *a: right(*a) + 0.01)
+        right = _portable.forward
+        monkeypatch.setattr(_portable, "forward", lambda *arguments: right(*arguments) + 0.01)
         status, out, _ = run("doctor")
         assert status == 1
         assert "wrong by 0.01" in out

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iou_refiner import kernels, pooling
+from iou_refiner import _portable, kernels
 from iou_refiner.kernels import Variant
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -340,12 +340,12 @@ class TestOnDevice:
     @pytest.mark.parametrize("channels", [8, 5, 256])
     def test_same_results_as_the_portable_path(self, dtype: torch.dtype, channels: int) -> None:
         shared = arguments(dtype, channels)
-        pooled = pooling._Portable.forward(*shared, 7, 0.5)
+        pooled = _portable.forward(*shared, 7, 0.5)
         grad = torch.ones_like(pooled)
         expected = (
             pooled,
-            pooling._Portable.backward_boxes(grad, *shared, 0.5),
-            pooling._Portable.backward_table(grad, *shared, 0.5),
+            _portable.backward_boxes(grad, *shared, 0.5),
+            _portable.backward_table(grad, *shared, 0.5),
         )
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         for got, wanted in zip(self.run([item.cuda() for item in shared]), expected, strict=True):

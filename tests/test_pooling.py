@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import prroi_pool_gradient_reference, prroi_pool_reference, sampled_mean
 from torch import Tensor
 
-from iou_refiner import pooling
+from iou_refiner import _portable, pooling
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
 
@@ -278,9 +278,9 @@ def test_gradients_are_computed_only_where_asked(monkeypatch: pytest.MonkeyPatch
 
     boxes = torch.tensor([[1.0, 2, 6, 7]])
     with monkeypatch.context() as patch:
-        patch.setattr(pooling._Portable, "backward_table", never)
+        patch.setattr(_portable, "backward_table", never)
         prroi_pool(maps_of(random_map()), boxes.requires_grad_()).sum().backward()
-    monkeypatch.setattr(pooling._Portable, "backward_boxes", never)
+    monkeypatch.setattr(_portable, "backward_boxes", never)
     feature = random_map().requires_grad_()
     prroi_pool(maps_of(feature), boxes.detach()).sum().backward()
     assert feature.grad is not None
@@ -338,7 +338,7 @@ def test_a_box_that_is_not_finite_pools_to_nan_and_disturbs_no_other(bad: float,
 
 
 def count_taps(boxes: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
-    taken, original = [], pooling._taps
+    taken, original = [], _portable._taps
 
     def counted(*arguments: Any) -> Any:
         taps = original(*arguments)
@@ -346,7 +346,7 @@ def count_taps(boxes: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
         return taps
 
     with monkeypatch.context() as patch:
-        patch.setattr(pooling, "_taps", counted)
+        patch.setattr(_portable, "_taps", counted)
         prroi_pool(maps_of(random_map(40, 60)), boxes)
     return sum(taken)
 
@@ -372,7 +372,7 @@ def test_cutting_the_work_changes_nothing(chunk: int, monkeypatch: pytest.Monkey
         return [pooled, *torch.autograd.grad(pooled.square().sum(), (feature, point))]
 
     whole = everything()
-    monkeypatch.setattr(pooling, "_CHUNK_TAPS", chunk)
+    monkeypatch.setattr(_portable, "_CHUNK_TAPS", chunk)
     for one, other in zip(whole, everything(), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import prroi_pool_reference
 from torch import Tensor
 
-from iou_refiner import kernels, pooling
+from iou_refiner import _portable, kernels
 from iou_refiner.kernels import Variant
 
 INF, NAN = float("inf"), float("nan")
@@ -107,7 +107,7 @@ def test_any_box_matches_the_oracle(fused: Library, boxes: list[list[float]], sh
 def test_same_results_as_the_portable_path(on_host: Library, dtype: torch.dtype) -> None:
     rows = [*BOXES, [NAN, 1, 2, 3], [1, 1, INF, 9], [-INF, -INF, INF, INF]]
     shared = arguments(dtype, 16, 5, torch.tensor(rows, dtype=torch.float32))
-    portable = pooling._Portable
+    portable = _portable
     pooled, expected = kernels.forward(*shared, 7, 0.5), portable.forward(*shared, 7, 0.5)
     close = {"rtol": 2.02 * ROUNDING[dtype], "atol": 1e-5, "equal_nan": True}
     torch.testing.assert_close(pooled, expected, **close)
