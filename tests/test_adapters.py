@@ -31,9 +31,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from iou_refiner import DataError, Detections, FeatureMaps, Frame, IoURefiner
+from iou_refiner import DataError, Detections, FeatureMaps, Frame, IoUPredictor, IoURefiner
 from iou_refiner.adapters.onnx import OnnxAdapter, letterbox
 from iou_refiner.adapters.torchvision import TorchvisionAdapter
+from iou_refiner.boxes import clip_boxes
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IOU_REFINER_SHARED", ROOT.parent / "shared"))
@@ -388,6 +389,31 @@ class TestContract:
     def test_wrapped_without_a_head_the_detector_answers_alone(self, case: Case) -> None:
         with torch.no_grad():
             assert_same(IoURefiner(case.adapter)(case.images), case.own())
+
+    def test_wrapped_with_a_head_the_same_keys_and_ious_in_every_grad_mode(self, case: Case) -> None:
+        features, candidates, frames = case.adapter.extract(case.images)
+        torch.manual_seed(0)
+        head = IoUPredictor(features.channels, features.strides, width=4, hidden=(16,), output_size=3)
+        nn.init.normal_(head.output.weight, std=1.0)  # so that predictions differ and boxes move
+        head.detector = case.adapter.fingerprint()
+        found = []
+        for mode in (nullcontext, torch.no_grad, torch.inference_mode):
+            with mode():
+                found.append(IoURefiner(case.adapter, head)(case.images))
+        assert_same(found[1], found[0])
+        assert_same(found[2], found[0])
+        own = case.own()
+        assert all(sorted(result) == sorted([*other, "ious"]) for result, other in zip(found[0], own, strict=True))
+        assert sum(len(result["boxes"]) for result in found[0]) > 0
+        for result, given, frame in zip(found[0], candidates, frames, strict=True):
+            assert {len(values) for values in result.values()} == {len(result["boxes"])}
+            assert result["ious"].min() >= 0
+            assert result["ious"].max() <= 1
+            inside = clip_boxes(result["boxes"], frame.image_size)
+            torch.testing.assert_close(inside, result["boxes"], atol=1e-3, rtol=0)
+            # Some boxes moved: not all of them are among the candidates.
+            gap = torch.cdist(frame.to_network(result["boxes"]), given.boxes).amin(1)
+            assert (gap > 0.01).any()
 
     def test_stays_on_its_device(self, case: Case) -> None:
         assert case.adapter.to("cpu") is case.adapter
