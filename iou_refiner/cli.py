@@ -185,7 +185,7 @@ def train(
     """
     from iou_refiner.coco import read_ground_truth
     from iou_refiner.detectors import detector_from_spec
-    from iou_refiner.training import train_head
+    from iou_refiner.recipe import train_head
 
     if (output_dir / "head.safetensors").exists() and not (overwrite or resume):
         raise UsageError(f"{output_dir} holds a head already. Add --resume or --overwrite, or name another folder.")
@@ -218,20 +218,22 @@ def rescore(
     ann: Annotation,
     images: Images,
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="COCO results to write, .json or .json.gz.")],
-    nms: Literal["iou", "greedy", "soft", "none"] = "iou",
-    nms_threshold: float = 0.5,
-    rank_alpha: float = 1.0,
-    score_alpha: float = 0.0,
-    steps: int = 5,
-    step_size: float = 0.1,
-    margin: float = 0.0,
-    refine_top: int = 100,
-    max_dets: int = 100,
+    nms: Literal["iou", "greedy", "soft", "none"] | None = None,
+    nms_threshold: float | None = None,
+    rank_alpha: float | None = None,
+    steps: int | None = None,
+    step_size: float | None = None,
+    margin: float | None = None,
+    refine_top: int | None = None,
+    score_alpha: float | None = None,
+    max_dets: int | None = None,
     cache: Cache = None,
     overwrite: Overwrite = False,
     console: Quiet,
 ) -> int:
     """Rescore, suppress and refine saved COCO results with the detector's features and a trained head.
+
+    Settings not given are those that measured best when the head was trained with --val-ann (see `info`).
 
     Parameters
     ----------
@@ -272,7 +274,7 @@ def rescore(
         )  # fmt: skip
     results, ground_truth = read_results(detections), read_ground_truth(ann)
     already = suppressed_at(results)
-    if nms == "iou" and already is not None:
+    if stage.settings.nms == "iou" and already is not None:
         console.note(
             f"{detections} looks already NMS-ed at about {already:.2f}: IoU-guided NMS can remove little more, only "
             "rescoring and refinement will act. To save boxes before NMS: iou-refiner dump"

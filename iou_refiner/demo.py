@@ -26,9 +26,9 @@ from iou_refiner.demo_picture import save_picture
 from iou_refiner.extraction import Adapter, Extraction, extract_image
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.ranking import Ranking, ranking, true_iou
+from iou_refiner.recipe import train_head
 from iou_refiner.refiner import Stage
 from iou_refiner.rescoring import Look, dump_candidates, rescore
-from iou_refiner.training import train_head
 
 #: Told of (phase, done, total).
 Progress = Callable[[str, int, int], None]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class IoUPredictor(nn.Module):
         objective: what the output means, and so how :meth:`iou` maps it to [0, 1]: ``"bce"`` a logit,
             ``"smooth_l1"`` the paper's ``2 IoU - 1``.
         detector: fingerprint of the detector the head belongs to; checked when it is put to use.
+        recommended: settings of the :class:`Stage` that measured best with this head, used unless others are given.
 
     Laws: the prediction for a box does not depend on the other boxes; it is continuously differentiable in the box
     (for ``levels="assigned"``, while the level stays).
@@ -70,6 +71,7 @@ class IoUPredictor(nn.Module):
         aligned: bool = True,
         objective: str = "bce",
         detector: str = "",
+        recommended: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         check_choice("levels", levels, ["all", "assigned"])
@@ -84,6 +86,7 @@ class IoUPredictor(nn.Module):
         self.num_classes, self.width, self.hidden = int(num_classes), int(width), tuple(map(int, hidden))
         self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
         self.levels, self.objective, self.detector = levels, objective, detector
+        self.recommended: dict[str, Any] = dict(recommended or {})
 
         pooled = self.width or self.channels[0]
         self.narrow = nn.ModuleList(nn.Conv2d(c, self.width, 1) if self.width else nn.Identity() for c in self.channels)
@@ -203,7 +206,9 @@ class IoUPredictor(nn.Module):
 
     def _settings(self) -> dict[str, object]:
         names = ("channels", "strides", "num_classes", "width", "hidden", "output_size", "context")
-        return {name: getattr(self, name) for name in (*names, "levels", "aligned", "objective", "detector")}
+        return {
+            name: getattr(self, name) for name in (*names, "levels", "aligned", "objective", "detector", "recommended")
+        }
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,52 +52,72 @@ class Summary:
         return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class StageSettings:
+    """What a stage does, in the order in which it does it.
+
+    Args:
+        nms: ``"iou"`` suppresses by predicted IoU (Algorithm 1), ``"greedy"`` by class score, ``"soft"`` decays scores
+            (Soft-NMS), ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
+        nms_threshold: IoU above which boxes of one class are one cluster.
+        rank_alpha: IoU-guided NMS ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
+        steps: steps of the ascent; 0 moves nothing.
+        step_size, margin: see :func:`refine_boxes`.
+        refine_top: boxes refined per image, best scores first.
+        score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
+        max_detections: detections per image.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    nms: str = "iou"
+    nms_threshold: float = 0.5
+    rank_alpha: float = 0.75
+    steps: int = 5
+    step_size: float = 0.05
+    margin: float = 0.0
+    refine_top: int = 100
+    score_alpha: float = 0.0
+    max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        check_choice("nms", self.nms, ["iou", "greedy", "soft", "none"])
+        check_positive("step_size", self.step_size)
+        check_positive("max_detections", self.max_detections)
+        for name in ("nms_threshold", "rank_alpha", "score_alpha"):
+            check_fraction(name, getattr(self, name))
+        for name in ("steps", "refine_top", "margin"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+
+    @classmethod
+    def of(cls, head: IoUPredictor, **changes: Any) -> StageSettings:
+        """The settings recommended for a head, with some exchanged; a change to None is no change."""
+        known = [field.name for field in fields(cls)]
+        for name in changes:
+            check_choice("setting", name, known)
+        return cls(**{**head.recommended, **{name: value for name, value in changes.items() if value is not None}})
+
+
 class Stage:
     """Candidates in, better detections out: what replaces a detector's suppression.
 
     Args:
         head: the trained predictor.
-        nms: ``"iou"`` suppresses by predicted IoU (Algorithm 1), ``"greedy"`` by class score, ``"soft"`` decays scores
-            (Soft-NMS), ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
-        nms_threshold: IoU above which boxes of one class are one cluster.
-        rank_alpha: IoU-guided NMS ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
-        score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
-        steps: steps of the ascent; 0 moves nothing.
-        step_size, margin: see :func:`refine_boxes`.
-        refine_top: boxes refined per image, best scores first.
-        max_detections: detections per image.
+        settings: fields of :class:`StageSettings`; default: what the head recommends, and its defaults.
 
     Attributes:
+        settings: what it does.
         summary: counts over all calls.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
     """
 
-    def __init__(
-        self,
-        head: IoUPredictor,
-        *,
-        nms: str = "iou",
-        nms_threshold: float = 0.5,
-        rank_alpha: float = 1.0,
-        score_alpha: float = 0.0,
-        steps: int = 5,
-        step_size: float = 0.1,
-        margin: float = 0.0,
-        refine_top: int = 100,
-        max_detections: int = 100,
-    ):
-        check_choice("nms", nms, ["iou", "greedy", "soft", "none"])
-        check_fraction("nms_threshold", nms_threshold)
-        check_fraction("rank_alpha", rank_alpha)
-        check_fraction("score_alpha", score_alpha)
-        check_positive("step_size", step_size)
-        check_positive("max_detections", max_detections)
-        if steps < 0 or refine_top < 0 or margin < 0:
-            raise ValueError(f"`steps`, `refine_top`, `margin` must be 0 or more, got {steps}, {refine_top}, {margin}.")
+    def __init__(self, head: IoUPredictor, **settings: Any):
         self.head = head
-        self.nms, self.nms_threshold = nms, nms_threshold
-        self.rank_alpha, self.score_alpha = rank_alpha, score_alpha
-        self.steps, self.step_size, self.margin = steps, step_size, margin
-        self.refine_top, self.max_detections = refine_top, max_detections
+        self.settings = StageSettings.of(head, **settings)
         self.summary = Summary()
 
     def __call__(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
@@ -113,9 +133,12 @@ class Stage:
             pyramid = self.head.encode(_plain(features))
             found = self._predict(pyramid, [c.to(features.device) for c in candidates])
             kept = [self._suppress(detections) for detections in found]
-            if self.steps and self.refine_top:
+            if self.settings.steps and self.settings.refine_top:
                 kept = self._refine(pyramid, kept, features.image_sizes)
-                if self.nms in ("iou", "greedy"):  # boxes that have come to rest on one object are one detection
+                if self.settings.nms in (
+                    "iou",
+                    "greedy",
+                ):  # boxes that have come to rest on one object are one detection
                     kept = [self._suppress(detections) for detections in kept]
             kept = [self._rescore(detections) for detections in kept]
         self.summary.images += len(features)
@@ -132,39 +155,41 @@ class Stage:
 
     def _suppress(self, found: Detections) -> Detections:
         found = found[torch.isfinite(found.boxes).all(1) & torch.isfinite(found.scores)]
-        threshold = self.nms_threshold
-        if self.nms == "iou":
-            rank = _fuse(found, self.rank_alpha)
+        threshold = self.settings.nms_threshold
+        if self.settings.nms == "iou":
+            rank = _fuse(found, self.settings.rank_alpha)
             keep, scores = iou_guided_nms(found.boxes, found.scores, rank, found.labels, threshold=threshold)
-        elif self.nms == "soft":
+        elif self.settings.nms == "soft":
             keep, scores = soft_nms(found.boxes, found.scores, found.labels, threshold=threshold)
-        elif self.nms == "greedy":
+        elif self.settings.nms == "greedy":
             keep = nms(found.boxes, found.scores, found.labels, threshold=threshold)
             scores = found.scores[keep]
         else:
             keep, scores = torch.arange(len(found), device=found.scores.device), found.scores
         found = found[keep].replace(scores=scores)
-        order = _fuse(found, self.score_alpha).argsort(descending=True, stable=True)
-        return found[order[: self.max_detections]]
+        order = _fuse(found, self.settings.score_alpha).argsort(descending=True, stable=True)
+        return found[order[: self.settings.max_detections]]
 
     def _refine(
         self, pyramid: FeaturePyramid, kept: list[Detections], image_sizes: tuple[tuple[int, int], ...]
     ) -> list[Detections]:
         best = [detections[detections.scores.argsort(descending=True, stable=True)] for detections in kept]
-        boxes, image_index, labels = _flatten([detections[: self.refine_top] for detections in best])
+        boxes, image_index, labels = _flatten([detections[: self.settings.refine_top] for detections in best])
         level = self.head.levels_of(boxes)
 
         def score(moved: Tensor, rows: Tensor) -> Tensor:
             raw = self.head(pyramid, moved, image_index[rows], labels[rows], None if level is None else level[rows])
             return self.head.iou(raw)
 
-        result = refine_boxes(score, boxes, steps=self.steps, step_size=self.step_size, margin=self.margin)
+        result = refine_boxes(
+            score, boxes, steps=self.settings.steps, step_size=self.settings.step_size, margin=self.settings.margin
+        )
         self.summary.refined += len(boxes)
         self.summary.moved += int(result.moved.sum())
         self.summary.undone += result.undone
         refined, start = [], 0
         for detections, size in zip(best, image_sizes, strict=True):
-            count = min(len(detections), self.refine_top)
+            count = min(len(detections), self.settings.refine_top)
             part = slice(start, start + count)
             start += count
             new = clip_boxes(result.boxes[part], size)
@@ -176,7 +201,7 @@ class Stage:
         return refined
 
     def _rescore(self, kept: Detections) -> Detections:
-        kept = kept.replace(scores=_fuse(kept, self.score_alpha), ious=_ious(kept).nan_to_num(0.0))
+        kept = kept.replace(scores=_fuse(kept, self.settings.score_alpha), ious=_ious(kept).nan_to_num(0.0))
         return kept[kept.scores.argsort(descending=True, stable=True)]
 
 

@@ -131,7 +131,7 @@ def _to_results(
 def _kept_keys(part: Results, stage: Stage, better: Detections) -> tuple[dict[str, Any], ...] | None:
     if part.extra is None or better.source is None:
         return None
-    dropped = {"segmentation"} if stage.steps else set()
+    dropped = {"segmentation"} if stage.settings.steps else set()
     extra = part.extra
     return tuple({k: v for k, v in extra[int(row)].items() if k not in dropped} for row in better.source)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_fraction, check_positive
 from iou_refiner._files import replacing
-from iou_refiner.coco import GroundTruth
 from iou_refiner.data import FeatureMaps
-from iou_refiner.extraction import Adapter, FeatureCache
 from iou_refiner.pooling import FeaturePyramid
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.targets import Samples, TrainingSet, collate, sample_boxes, true_iou
@@ -128,71 +126,6 @@ def fit(
     if train.cache.adapter.fingerprint() != frozen:
         raise RuntimeError("The detector's weights changed while the head was trained; the head is not to be trusted.")
     return history
-
-
-def train_head(
-    adapter: Adapter,
-    train: tuple[GroundTruth, Path],
-    val: tuple[GroundTruth, Path] | None = None,
-    *,
-    output_dir: Path,
-    cache: Path | None = None,
-    flip: bool = True,
-    class_aware: bool = False,
-    head: Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
-    note: Callable[[str], None] = print,
-    progress: Callable[[str, int, int], None] | None = None,
-    **settings: Any,
-) -> list[dict[str, float]]:
-    """From a detector and annotated images to a trained head: fill the feature cache, make the head, :func:`fit` it.
-
-    Args:
-        adapter: the frozen detector.
-        train: annotation and image folder.
-        val: the same to measure on.
-        output_dir: see :func:`fit`.
-        cache: folder of the feature cache; default ``cache`` in ``output_dir``.
-        flip: also train on mirrored images.
-        class_aware: one output for each of the detector's classes.
-        head: settings of :class:`IoUPredictor`.
-        device: where the head trains.
-        note: told what the cache will cost, before it is filled.
-        progress: called with (phase, done, total).
-        settings: of :func:`fit`.
-    """
-    store = FeatureCache(cache or output_dir / "cache", adapter)
-    sets = [(*train, False), *([(*train, True)] if flip else []), *([(*val, False)] if val else [])]
-    for truth, folder, flipped in sets:
-        _fill(store, truth, folder, flipped, note, progress)
-    training_set = TrainingSet(store, train[0], flip=flip)
-    seen = training_set.load(0)[0].features
-    torch.manual_seed(settings.get("seed", 0))
-    predictor = IoUPredictor(
-        seen.channels, seen.strides, num_classes=max(training_set.labels) + 1 if class_aware else 0,
-        detector=adapter.fingerprint(), **(head or {}),
-    )  # fmt: skip
-    return fit(
-        predictor.to(device), training_set, val=TrainingSet(store, val[0]) if val else None, output_dir=output_dir,
-        progress=progress and (lambda done, total, loss: progress("training", done, total)), **settings,
-    )  # fmt: skip
-
-
-def _fill(
-    store: FeatureCache,
-    truth: GroundTruth,
-    folder: Path,
-    flip: bool,
-    note: Callable[[str], None],
-    progress: Callable[[str, int, int], None] | None,
-) -> None:
-    total = len(store.missing(truth.images, flip=flip))
-    for done, extraction in enumerate(store.fill(folder, truth.images, flip=flip), 1):
-        if done == 1:
-            size = extraction.nbytes(store.dtype) * total / 1e9
-            note(f"Features of {total:,} images{' (mirrored)' if flip else ''}: about {size:.2f} GB in {store.folder}")
-        if progress:
-            progress("extracting mirrored" if flip else "extracting", done, total)
 
 
 def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> dict[str, float]:

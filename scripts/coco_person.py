@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--alpha", type=float, default=0.5, help="score_alpha of the rescoring rows")
-    for name, value in (("nms_threshold", 0.5), ("rank_alpha", 1.0), ("step_size", 0.1), ("margin", 0.0)):
+    for name, value in (("nms_threshold", 0.5), ("rank_alpha", 0.75), ("step_size", 0.05), ("margin", 0.0)):
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=value)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", type=Path)

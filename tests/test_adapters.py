@@ -405,14 +405,14 @@ class TestContract:
         own = case.own()
         assert all(sorted(result) == sorted([*other, "ious"]) for result, other in zip(found[0], own, strict=True))
         assert sum(len(result["boxes"]) for result in found[0]) > 0
-        for result, given, frame in zip(found[0], candidates, frames, strict=True):
+        for result, before, frame in zip(found[0], candidates, frames, strict=True):
             assert {len(values) for values in result.values()} == {len(result["boxes"])}
             assert result["ious"].min() >= 0
             assert result["ious"].max() <= 1
             inside = clip_boxes(result["boxes"], frame.image_size)
             torch.testing.assert_close(inside, result["boxes"], atol=1e-3, rtol=0)
             # Some boxes moved: not all of them are among the candidates.
-            gap = torch.cdist(frame.to_network(result["boxes"]), given.boxes).amin(1)
+            gap = torch.cdist(frame.to_network(result["boxes"]), before.boxes).amin(1)
             assert (gap > 0.01).any()
 
     def test_stays_on_its_device(self, case: Case) -> None:

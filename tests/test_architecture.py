@@ -17,7 +17,8 @@ ORDER = (
     "_version", "_checks", "_files", "boxes", "data", "coco_data", "_json_stream", "coco_reading", "coco", "kernels",
     "_portable", "pooling", "predictor", "jitter", "nms", "refine", "extraction", "detectors", "targets", "training",
     "refiner", "rescoring", "findings", "nms_trace", "_results_checks", "validation", "evaluation", "ranking",
-    "bootstrap", "demo_data", "demo_detector", "demo_picture", "demo", "doctor", "_console", "cli", "__main__",
+    "bootstrap", "tuning", "recipe", "demo_data", "demo_detector", "demo_picture", "demo", "doctor", "_console", "cli",
+    "__main__",
 )  # fmt: skip
 # What must not come with `import iou_refiner`, nor with the commands that promise to answer at once.
 HEAVY = {"torch", "cupy", "torchvision", "onnx", "onnxruntime", "matplotlib", "PIL", "pycocotools"}

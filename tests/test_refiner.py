@@ -177,6 +177,7 @@ class TestStage:
             ({"rank_alpha": 2}, r"`rank_alpha` must lie in \[0, 1\], got 2"),
             ({"steps": -1}, "0 or more"),
             ({"step_size": float("nan")}, "`step_size`"),
+            ({"stepz": 3}, r"`setting` must be one of .*got 'stepz'. Did you mean 'steps'"),
         ],
     )
     def test_wrong_settings_are_named(self, head, wrong, message):

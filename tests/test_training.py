@@ -11,8 +11,11 @@ from iou_refiner import DataError, IoUPredictor, fit
 from iou_refiner.boxes import pairwise_iou
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.extraction import FeatureCache, extract_image
+from iou_refiner.predictor import read_metadata
+from iou_refiner.recipe import train_head
+from iou_refiner.refiner import Stage
 from iou_refiner.targets import TrainingSet, sample_boxes, true_iou
-from iou_refiner.training import measure, train_head
+from iou_refiner.training import measure
 
 HEAD = {"width": 4, "hidden": (32,), "output_size": 5}
 SETTINGS = {"epochs": 2, "batch_size": 4, "boxes_per_image": 24, "lr": 3e-3}
@@ -236,4 +239,11 @@ def test_train_head_from_images_to_file(toy, tmp_path):
     data = TrainingSet(FeatureCache(tmp_path / "cache", detector), truth)
     assert history[-1]["pearson"] == pytest.approx(measure(loaded, data)["pearson"])
     assert "Features of 12 images: about 0.00 GB" in said[0]
-    assert phases == {"extracting", "extracting mirrored", "training"}
+    assert phases == {"extracting", "extracting mirrored", "training", "choosing settings"}
+    # What was chosen is what measured best, and what a stage does with this head unless told otherwise.
+    trials = read_metadata(tmp_path / "head.safetensors")["trials"]
+    best = max(trials, key=lambda trial: trial["AP"])
+    chosen = next(t for t in trials if {**t, "AP": 0, "AP50": 0} == {**loaded.recommended, "AP": 0, "AP50": 0})
+    assert chosen["AP"] >= best["AP"] - 4 * 0.001
+    assert Stage(loaded).settings.rank_alpha == loaded.recommended["rank_alpha"]
+    assert Stage(loaded, rank_alpha=0.125, steps=None).settings.rank_alpha == 0.125

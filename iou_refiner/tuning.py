@@ -1,0 +1,69 @@
+"""Choose what the stage does with a head, on images the head was not trained on.
+
+Whether moving boxes, ranking by IoU or changing scores helps depends on the detector: one whose class score already
+knows the IoU has nothing to gain and can lose. So it is measured, one setting after another, and a setting is changed
+only where AP rises by more than a trifle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from iou_refiner.coco import GroundTruth, Results
+from iou_refiner.evaluation import evaluate
+from iou_refiner.predictor import IoUPredictor
+from iou_refiner.refiner import Stage
+from iou_refiner.rescoring import Look, dump_candidates, rescore
+
+# Greedy NMS by class score, nothing moved, nothing rescored: what a detector does by itself.
+_NOTHING: dict[str, Any] = {"nms": "iou", "rank_alpha": 0.0, "score_alpha": 0.0, "steps": 0}
+# Tried in this order, each from the best found so far.
+_TRIALS: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({"nms_threshold": 0.5}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}),
+    ({"rank_alpha": 0.5}, {"rank_alpha": 0.75}, {"rank_alpha": 1.0}),
+    ({"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}, {"steps": 5, "step_size": 0.1}),
+    ({"score_alpha": 0.3}, {"score_alpha": 0.5}),
+)
+# A gain of AP below this is taken for noise, and the simpler setting stays.
+_TRIFLE = 0.001
+
+
+def choose_settings(
+    head: IoUPredictor,
+    look: Look,
+    category_ids: Mapping[int, int] | None,
+    ground_truth: GroundTruth,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings of :class:`Stage` with the highest AP, by coordinate search.
+
+    Args:
+        head: the trained head.
+        look, category_ids, ground_truth: see :func:`dump_candidates`; images the head was not trained on.
+        progress: called with ("choosing settings", trials done, trials in all).
+
+    Returns:
+        The settings, and a record of every trial with its AP and AP50.
+    """
+    candidates = Results.concat(dump_candidates(look, category_ids, ground_truth))
+    record: list[dict[str, Any]] = []
+    total = sum(map(len, _TRIALS))
+
+    def ap(settings: dict[str, Any]) -> float:
+        parts = rescore(look, category_ids, Stage(head, **settings), candidates, ground_truth)
+        metrics = evaluate(Results.concat(parts), ground_truth).metrics
+        record.append({**settings, "AP": metrics["AP"], "AP50": metrics["AP50"]})
+        if progress:
+            progress("choosing settings", len(record), total)
+        return metrics["AP"]
+
+    best: dict[str, Any] = _NOTHING
+    highest = -1.0
+    for trials in _TRIALS:
+        measured = [({**best, **trial}, ap({**best, **trial})) for trial in trials]
+        settings, value = max(measured, key=lambda pair: pair[1])
+        if value > highest + _TRIFLE:
+            best, highest = settings, value
+    return best, record
