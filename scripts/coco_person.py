@@ -2,7 +2,8 @@
 
     python scripts/coco_person.py DETECTOR HEAD --cache CACHE [--split test] [--tune] [--json FILE]
 
-DETECTOR is a spec as for --detector (examples/coco_person.py:faster_rcnn, examples/coco_person.py:yolox), HEAD a head
+Every row differs from the detector's own suppression (``detector``) in what it names and in nothing else; the last row
+is what ``train --val-ann`` chose for the head. DETECTOR is a spec as for --detector (examples/coco_person.py:faster_rcnn, examples/coco_person.py:yolox), HEAD a head
 trained by ``iou-refiner train``, CACHE the feature cache of that training (what is missing is extracted). Candidates,
 suppression and evaluation are those of ``dump``, ``rescore`` and ``eval --baseline``; here the features are read once
 for all rows. ``--tune`` prints AP over settings instead: use it on val, then report on test.
@@ -150,6 +151,8 @@ def main() -> None:
         return
     chosen = {name: getattr(options, name) for name in ("nms_threshold", "rank_alpha", "step_size", "margin", "steps")}
     rows = variants(own, options.alpha, chosen)
+    if bench.head.recommended:
+        rows["as chosen on val"] = bench.head.recommended
     table = Table(
         "", *METRICS, "difference of AP [95 %]", "of AP50", "of AP90", title=f"{options.detector}, {options.split}"
     )

@@ -3,28 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toys import SIZE, ToyDetector, make_dataset
+from toys import SIZE, OracleHead, ToyDetector, make_dataset
 
 from iou_refiner import DataError, Detections, FeatureMaps, IoUPredictor, IoURefiner, Stage
 from iou_refiner.boxes import paired_iou, pairwise_iou
 from iou_refiner.coco import Image, read_ground_truth
 from iou_refiner.detectors import as_adapter, detector_from_spec, installed_adapters
 from iou_refiner.extraction import extract_image
-
-
-class OracleHead(IoUPredictor):
-    """Knows the objects of each image: its "prediction" is the true IoU with the best of them."""
-
-    def __init__(self, objects: list[torch.Tensor]):
-        super().__init__((4, 4), (1, 2), width=1, hidden=(2,), output_size=1, objective="smooth_l1")
-        self.objects = objects
-
-    def forward(self, pyramid, boxes, image_index, labels=None, level=None):
-        rows = [
-            pairwise_iou(box[None], self.objects[int(image)]).amax(1)
-            for box, image in zip(boxes, image_index, strict=True)
-        ]
-        return 2 * torch.cat(rows) - 1 if rows else boxes.sum(1)
 
 
 @pytest.fixture(scope="module")
