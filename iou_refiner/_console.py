@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iou_refiner._checks import did_you_mean
-from iou_refiner._files import replacing
+from iou_refiner._files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -168,5 +168,7 @@ class Console:
 
     def save_config(self, output: Path) -> None:
         """Write the resolved options beside an output; ``--config`` reads them back."""
-        with replacing(output.with_name(output.name + ".config.json")) as stream:
-            stream.write((json.dumps(self._config, default=str, indent=2) + "\n").encode())
+        write_whole(
+            output.with_name(output.name + ".config.json"),
+            (json.dumps(self._config, default=str, indent=2) + "\n").encode(),
+        )

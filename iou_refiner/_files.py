@@ -30,3 +30,9 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` by way of :func:`replacing`."""
+    with replacing(path) as stream:
+        stream.write(data)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from iou_refiner._checks import DataError
+from iou_refiner._files import write_whole
 from iou_refiner.bootstrap import Comparison, compare
 from iou_refiner.coco import GroundTruth, Image, Results, read_results, write_results
 from iou_refiner.demo_data import WHAT_IT_IS, write_split
@@ -194,9 +195,7 @@ def _claim(folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    beside.replace(path)
+    write_whole(path, text.encode())
 
 
 @contextmanager

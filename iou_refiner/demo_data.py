@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from iou_refiner._checks import MissingPackageError, check_choice, check_positive, require
+from iou_refiner._files import write_whole
 from iou_refiner.coco import Category, FloatArray, GroundTruth, Image, xyxy_to_xywh
 
 #: Where the data comes from and what it cannot show, in a sentence to print beside any number measured on it.
@@ -273,7 +273,7 @@ def write_split(
             progress(index + 1, count)
     truth = _ground_truth(images, boxes)
     text = json.dumps({"info": {"description": WHAT_IT_IS}, **truth.to_coco_dict()})
-    _replace(folder / f"{split}.json", text.encode())
+    write_whole(folder / f"{split}.json", text.encode())
     return truth
 
 
@@ -295,10 +295,4 @@ def _ground_truth(images: list[Image], boxes: list[FloatArray]) -> GroundTruth:
 def _write_png(path: Path, rgb: np.ndarray) -> None:
     encoded = io.BytesIO()
     require("PIL.Image", extra="demo", purpose="The demo").fromarray(rgb).save(encoded, "PNG")
-    _replace(path, encoded.getvalue())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    write_whole(path, encoded.getvalue())

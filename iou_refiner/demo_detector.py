@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, require
+from iou_refiner._files import write_whole
 from iou_refiner.coco import GroundTruth, xywh_to_xyxy
 from iou_refiner.demo_data import IMAGE_SIDE
 from iou_refiner.extraction import open_image
@@ -137,9 +138,7 @@ def _target(ground_truth: GroundTruth, rows: Any) -> dict[str, Tensor]:
 def save_detector(detector: nn.Module, path: Path) -> None:
     """Write the weights to a safetensors file, whole or not at all."""
     weights = {name: tensor.contiguous() for name, tensor in detector.state_dict().items()}
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(safetensors.torch.save(weights))
-    beside.replace(path)
+    write_whole(path, safetensors.torch.save(weights))
 
 
 def read_detector(path: Path) -> Any:

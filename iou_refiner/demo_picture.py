@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from iou_refiner._checks import require
+from iou_refiner._files import write_whole
 from iou_refiner.boxes import pairwise_iou
 from iou_refiner.coco import FloatArray, GroundTruth, Image, Results, xywh_to_xyxy
 from iou_refiner.extraction import open_image
@@ -139,6 +140,4 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(
         drawn, format="png", dpi=100, metadata={"Software": None}
     )  # no version inside: same input, same bytes
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(drawn.getvalue())
-    beside.replace(path)
+    write_whole(path, drawn.getvalue())

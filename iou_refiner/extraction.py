@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from iou_refiner._checks import DataError, check_choice, require
-from iou_refiner._files import replacing
+from iou_refiner._files import write_whole
 from iou_refiner.coco import Image
 from iou_refiner.data import Detections, FeatureMaps, Frame
 
@@ -144,8 +144,7 @@ class FeatureCache:
                     f"{self.folder} is a feature cache made with another {differs}. Name another folder, or remove it."
                 )
         else:
-            with replacing(label) as stream:
-                stream.write(json.dumps(identity).encode())
+            write_whole(label, json.dumps(identity).encode())
 
     def missing(self, images: Iterable[Image], *, flip: bool = False) -> list[Image]:
         """Those of ``images`` not yet in the cache."""
@@ -206,8 +205,9 @@ class FeatureCache:
             "offset": frame.offset,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with replacing(self._path(extraction.image_id, flip)) as stream:
-            stream.write(safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+        write_whole(
+            self._path(extraction.image_id, flip), safetensors.torch.save(tensors, {"about": json.dumps(about)})
+        )
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_choice, check_positive
-from iou_refiner._files import replacing
+from iou_refiner._files import write_whole
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
 
@@ -186,8 +186,7 @@ class IoUPredictor(nn.Module):
         # One key: safetensors writes several in a random order, and the same head should give the same bytes.
         metadata = {"iou_refiner": json.dumps(about, sort_keys=True)}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(Path(path)) as stream:
-            stream.write(safetensors.torch.save(weights, metadata))
+        write_whole(Path(path), safetensors.torch.save(weights, metadata))
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> IoUPredictor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_fraction, check_positive
-from iou_refiner._files import replacing
+from iou_refiner._files import replacing, write_whole
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid
 from iou_refiner.predictor import IoUPredictor
@@ -239,8 +239,7 @@ class _Run:
         metrics = {name: value for name, value in history[-1].items() if name != "seconds"}  # same seed, same bytes
         head.save(self.folder / "head.safetensors", metrics=metrics, training=self.settings)
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
-        with replacing(self.folder / "metrics.jsonl") as stream:
-            stream.write(lines.encode())
+        write_whole(self.folder / "metrics.jsonl", lines.encode())
         state = {
             "head": head.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
             "history": history, "settings": self.settings,

@@ -3,10 +3,11 @@
     python scripts/coco_person.py DETECTOR HEAD --cache CACHE [--split test] [--tune] [--json FILE]
 
 Every row differs from the detector's own suppression (``detector``) in what it names and in nothing else; the last row
-is what ``train --val-ann`` chose for the head. DETECTOR is a spec as for --detector (examples/coco_person.py:faster_rcnn, examples/coco_person.py:yolox), HEAD a head
-trained by ``iou-refiner train``, CACHE the feature cache of that training (what is missing is extracted). Candidates,
-suppression and evaluation are those of ``dump``, ``rescore`` and ``eval --baseline``; here the features are read once
-for all rows. ``--tune`` prints AP over settings instead: use it on val, then report on test.
+is what ``train --val-ann`` chose for the head. DETECTOR is a spec as for --detector
+(examples/coco_person.py:faster_rcnn or :yolox), HEAD a head trained by ``iou-refiner train``, CACHE
+the feature cache of that training (what is missing is extracted). Candidates, suppression and evaluation are those of
+``dump``, ``rescore`` and ``eval --baseline``; here the features are read once for all rows. ``--tune`` prints AP over
+settings instead: use it on val, then report on test.
 
 Time: about 4 minutes for test (462 images) on 2 cores from a filled cache, 1000 bootstrap resamples a row.
 """
