@@ -158,7 +158,8 @@ def main() -> None:
     if bench.head.recommended:
         rows["as chosen on val"] = bench.head.recommended
     if options.seconds:
-        console.print("median seconds an image: detector %.3f, stage %.3f" % bench.seconds(rows["all three"]))
+        detector, stage = bench.seconds(rows["all three"])
+        console.print(f"median seconds an image: detector {detector:.3f}, stage {stage:.3f}")
         return
     table = Table("", *METRICS, "AP: difference [95 %]", "AP50", "AP90", title=f"{options.detector}, {options.split}")
     record: dict[str, Any] = {"settings": chosen | {"score_alpha": options.alpha, "own_nms": own}, "rows": {}}
