@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +125,7 @@ def run_demo(
         folder: new, empty, or of an earlier demo, which is replaced.
         seed: of everything random.
         progress: called with (phase, done, total).
-        budget: default: about a minute on two cores.
+        budget: default: about two minutes on two cores.
 
     Returns:
         The result. On one machine, the same seed gives the same result to the last bit.
@@ -137,14 +138,20 @@ def run_demo(
     _claim(folder)
     with _undisturbed():
         counts = {"train": budget.train_images, "head": budget.head_images, "test": budget.test_images}
-        truths = {
-            split: write_split(folder / "data", split, count, seed=seed, progress=partial(say, f"drawing {split}"))
-            for split, count in counts.items()
-        }
-        detector = train_detector(
-            folder / "data", truths["train"], steps=budget.detector_steps, seed=seed,
-            progress=partial(say, "training the detector"),
-        )  # fmt: skip
+
+        def draw(split: str) -> GroundTruth:
+            return write_split(
+                folder / "data", split, counts[split], seed=seed, progress=partial(say, f"drawing {split}")
+            )
+
+        truths = {"train": draw("train")}
+        with ThreadPoolExecutor(1) as beside:  # what is needed later is drawn while the detector trains
+            later = {split: beside.submit(draw, split) for split in ("head", "test")}
+            detector = train_detector(
+                folder / "data", truths["train"], steps=budget.detector_steps, seed=seed,
+                progress=partial(say, "training the detector"),
+            )  # fmt: skip
+            truths |= {split: drawing.result() for split, drawing in later.items()}
         save_detector(detector, folder / _WEIGHTS)
         adapter = load_detector(folder)
         head = _train_head(folder, adapter, truths["head"], budget.head_epochs, seed, say)
