@@ -473,7 +473,7 @@ def test_letterbox_draws_a_rectangle_where_its_frame_says() -> None:
 
 
 def test_torchvision_names_what_it_does_not_take() -> None:
-    with pytest.raises(TypeError, match=r"Faster R-CNN and its kin.*got Linear"):
+    with pytest.raises(TypeError, match=r"Faster R-CNN family .*got Linear"):
         TorchvisionAdapter(nn.Linear(2, 2))
 
 
