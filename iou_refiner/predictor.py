@@ -103,6 +103,8 @@ class IoUPredictor(nn.Module):
     def encode(self, features: FeatureMaps) -> FeaturePyramid:
         """Narrow the maps and lay them out for pooling; once per batch of images, then ask for any boxes.
 
+        The pyramid is on the head's device and in its dtype, wherever the features are.
+
         Raises:
             ValueError: the features are not of the channels and strides the head was made for.
         """
@@ -111,7 +113,8 @@ class IoUPredictor(nn.Module):
                 f"The head was made for {len(self.channels)} levels of {self.channels} channels at strides "
                 f"{self.strides}; these features have {features.channels} channels at strides {features.strides}."
             )
-        maps = [narrow(level) for narrow, level in zip(self.narrow, features.levels, strict=True)]
+        weight = self.output.weight  # cached features may lie on another device, or be stored in half precision
+        maps = [narrow(level.to(weight)) for narrow, level in zip(self.narrow, features.levels, strict=True)]
         return FeaturePyramid.from_maps(FeatureMaps(tuple(maps), features.strides, features.image_sizes))
 
     def levels_of(self, boxes: Tensor) -> Tensor | None:

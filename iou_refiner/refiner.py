@@ -131,16 +131,14 @@ class Stage:
         # tensors are only read, never differentiated.
         with torch.inference_mode(False), torch.no_grad():
             pyramid = self.head.encode(_plain(features))
-            found = self._predict(pyramid, [c.to(features.device) for c in candidates])
+            found = self._predict(pyramid, [c.to(pyramid.table.device) for c in candidates])
             kept = [self._suppress(detections) for detections in found]
             if self.settings.steps and self.settings.refine_top:
                 kept = self._refine(pyramid, kept, features.image_sizes)
-                if self.settings.nms in (
-                    "iou",
-                    "greedy",
-                ):  # boxes that have come to rest on one object are one detection
+                if self.settings.nms in ("iou", "greedy"):
+                    # Boxes that have come to rest on one object are one detection.
                     kept = [self._suppress(detections) for detections in kept]
-            kept = [self._rescore(detections) for detections in kept]
+            kept = [self._rescore(detections).to(features.device) for detections in kept]
         self.summary.images += len(features)
         self.summary.boxes += sum(map(len, candidates))
         self.summary.kept += sum(map(len, kept))

@@ -140,11 +140,11 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
     for index in range(len(dataset)):
         extraction, objects = dataset.load(index)
         found = extraction.candidates
-        features = _to(extraction.features, head)
-        boxes = found.boxes.to(features.device)
-        index_of = torch.zeros(len(found), dtype=torch.int64, device=boxes.device)
         with torch.no_grad():
-            predicted = head.predict(head.encode(features), boxes, index_of, found.labels.to(boxes.device)).cpu()
+            pyramid = head.encode(extraction.features)
+            asked = found.to(pyramid.table.device)
+            index_of = torch.zeros_like(asked.labels)
+            predicted = head.predict(pyramid, asked.boxes, index_of, asked.labels).cpu()
         columns.append(torch.stack([predicted, found.scores, true_iou(found.boxes, found.labels, objects)]))
     predicted, scores, truth = torch.cat(columns, 1).double()
     judged = torch.isfinite(truth)
@@ -164,19 +164,13 @@ def _step(head: IoUPredictor, features: list[FeatureMaps], samples: list[Samples
     device = head.output.weight.device
     boxes, image_index, labels, iou = (column.to(device) for column in collate(samples))
     # Images of different sizes share one table: each map keeps its own size, nothing is padded.
-    pyramid = FeaturePyramid.concat([head.encode(_to(maps, head)) for maps in features])
+    pyramid = FeaturePyramid.concat([head.encode(maps) for maps in features])
     raw = head(pyramid, boxes, image_index, labels)
     if head.objective == "bce":
         loss = nn.functional.binary_cross_entropy_with_logits(raw, iou, reduction="sum")
     else:
         loss = nn.functional.smooth_l1_loss(raw, 2 * iou - 1, reduction="sum")
     return loss / max(len(iou), 1), len(iou)
-
-
-def _to(features: FeatureMaps, head: IoUPredictor) -> FeatureMaps:
-    weight = head.output.weight
-    levels = tuple(level.to(weight.device, weight.dtype) for level in features.levels)
-    return FeatureMaps(levels, features.strides, features.image_sizes)
 
 
 @torch.no_grad()

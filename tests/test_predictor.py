@@ -397,3 +397,12 @@ def test_the_fingerprint_ignores_layout_and_mode() -> None:
     two.weight = nn.Parameter(one.weight.detach().t().contiguous().t())
     assert not two.weight.is_contiguous()
     assert fingerprint(one) == fingerprint(two.eval().requires_grad_(False))
+
+
+def test_features_in_half_precision_are_encoded_in_the_precision_of_the_head() -> None:
+    torch.manual_seed(0)
+    head = IoUPredictor((3,), (8,), width=2, hidden=(4,), output_size=2)
+    level = torch.rand(1, 3, 6, 6).half()
+    half, full = (head.encode(FeatureMaps((x,), (8,), ((48, 48),))).table for x in (level, level.float()))
+    assert half.dtype == torch.float32
+    assert torch.equal(half, full)
