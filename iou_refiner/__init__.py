@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from iou_refiner.refine import refine_boxes as refine_boxes
     from iou_refiner.refine import refine_boxes_paper as refine_boxes_paper
     from iou_refiner.refiner import IoURefiner as IoURefiner
-    from iou_refiner.refiner import Stage as Stage
+    from iou_refiner.stage import Stage as Stage
     from iou_refiner.training import fit as fit
 
 _HOME = {
@@ -39,7 +39,7 @@ _HOME = {
     "IoUPredictor": "predictor",
     "IoURefiner": "refiner",
     "MissingPackageError": "_checks",
-    "Stage": "refiner",
+    "Stage": "stage",
     "evaluate": "evaluation",
     "fingerprint": "predictor",
     "fit": "training",

@@ -140,7 +140,7 @@ def train(
     val_ann: Annotated[Path | None, Parameter(help="COCO annotation to measure on after each epoch.")] = None,
     val_images: Annotated[Path | None, Parameter(help="Folder of its images; default: --images.")] = None,
     cache: Cache = None,
-    flip: bool = True,
+    views: int = 4,
     epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 5,
     batch_size: Annotated[int, Parameter(name=["--batch-size", "-b"])] = 8,
     lr: float = 5e-4,
@@ -160,8 +160,8 @@ def train(
 
     Parameters
     ----------
-    flip
-        Also train on mirrored images.
+    views
+        Views of every image to train on: itself, then random windows, half of them mirrored. The fewer images, the more.
     lr
         Peak learning rate.
     objective
@@ -197,7 +197,7 @@ def train(
         data.append((read_ground_truth(val_ann), val_images or images))
     with console.progress() as progress:
         history = train_head(
-            adapter, *data, output_dir=output_dir, cache=cache, flip=flip, seed=console.seed, resume=resume,
+            adapter, *data, output_dir=output_dir, cache=cache, views=views, seed=console.seed, resume=resume,
             head={"objective": objective, "levels": levels, "context": context, "width": width, "hidden": hidden},
             class_aware=class_aware, device=console.torch_device(), progress=progress, note=console.note,
             epochs=epochs, batch_size=batch_size, lr=lr,
@@ -263,7 +263,7 @@ def rescore(
     from iou_refiner.detectors import detector_from_spec
     from iou_refiner.nms_trace import suppressed_at
     from iou_refiner.predictor import IoUPredictor
-    from iou_refiner.refiner import Stage, check_head
+    from iou_refiner.stage import Stage, check_head
     from iou_refiner.rescoring import rescore as rescored
 
     predictor = IoUPredictor.load(head)

@@ -29,7 +29,7 @@ from iou_refiner.extraction import Adapter, Extraction, extract_image
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.ranking import Ranking, ranking, true_iou
 from iou_refiner.recipe import train_head
-from iou_refiner.refiner import Stage
+from iou_refiner.stage import Stage
 from iou_refiner.rescoring import Look, dump_candidates, rescore
 
 #: Told of (phase, done, total).
@@ -223,7 +223,7 @@ def _train_head(
     """On images of their own: on those the detector was trained on, its candidates fit better than they will later."""
     with tempfile.TemporaryDirectory(prefix="training-", dir=folder) as work:
         train_head(
-            adapter, (truth, folder / "data"), output_dir=Path(work), flip=False, seed=seed, epochs=epochs,
+            adapter, (truth, folder / "data"), output_dir=Path(work), views=1, seed=seed, epochs=epochs,
             head=_HEAD, **_TRAINING, note=lambda text: None,
             progress=lambda phase, *count: say(f"{phase} the head", *count),
         )  # fmt: skip

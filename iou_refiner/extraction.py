@@ -22,6 +22,7 @@ from iou_refiner._checks import DataError, check_choice, require
 from iou_refiner._files import write_whole
 from iou_refiner.coco import Image
 from iou_refiner.data import Detections, FeatureMaps, Frame
+from iou_refiner.views import View
 
 #: What stands in the place of a detector's suppression: features and candidates in, detections out, image by image.
 Suppression = Callable[[FeatureMaps, list[Detections]], list[Detections]]
@@ -72,7 +73,7 @@ class Extraction:
         image_id: of the data set.
         features: one image of feature maps.
         candidates: boxes before suppression, network frame.
-        frame: from the image file to the network input.
+        frame: from the image file (or the view of it) to the network input.
     """
 
     image_id: int
@@ -109,10 +110,10 @@ def open_image(folder: str | Path, image: Image) -> np.ndarray:
     return rgb
 
 
-def extract_image(adapter: Adapter, folder: str | Path, image: Image, *, flip: bool = False) -> Extraction:
-    """Run the detector on one image of a data set, mirrored left to right if ``flip``."""
-    rgb = open_image(folder, image)
-    prepared, to_input = adapter.prepare(np.ascontiguousarray(rgb[:, ::-1]) if flip else rgb)
+def extract_image(adapter: Adapter, folder: str | Path, image: Image, *, view: int = 0) -> Extraction:
+    """Run the detector on one image of a data set, or on another :class:`View` of it."""
+    seen = View.of(image.id, (image.height, image.width), view)
+    prepared, to_input = adapter.prepare(seen.pixels(open_image(folder, image)))
     features, (candidates,), (to_network,) = adapter.extract([prepared])
     return Extraction(image.id, features, candidates, to_input.then(to_network))
 
@@ -133,7 +134,7 @@ class FeatureCache:
         check_choice("dtype", dtype, ["float16", "float32"])
         self.folder, self.adapter = Path(folder), adapter
         self.dtype: torch.dtype = getattr(torch, dtype)
-        identity = {"detector": adapter.fingerprint(), "settings": adapter.settings(), "dtype": dtype, "format": 1}
+        identity = {"detector": adapter.fingerprint(), "settings": adapter.settings(), "dtype": dtype, "format": 2}
         self.folder.mkdir(parents=True, exist_ok=True)
         label = self.folder / "cache.json"
         if label.exists():
@@ -146,22 +147,22 @@ class FeatureCache:
         else:
             write_whole(label, json.dumps(identity).encode())
 
-    def missing(self, images: Iterable[Image], *, flip: bool = False) -> list[Image]:
-        """Those of ``images`` not yet in the cache."""
-        return [image for image in images if not self._path(image.id, flip).exists()]
+    def missing(self, images: Iterable[Image], *, view: int = 0) -> list[Image]:
+        """Those of ``images`` whose :class:`View` of this number is not yet in the cache."""
+        return [image for image in images if not self._path(image.id, view).exists()]
 
-    def fill(self, folder: str | Path, images: Iterable[Image], *, flip: bool = False) -> Iterator[Extraction]:
+    def fill(self, folder: str | Path, images: Iterable[Image], *, view: int = 0) -> Iterator[Extraction]:
         """Extract what is missing, image by image; yields each extraction as it is stored.
 
         Raises:
             DataError: an image cannot be read, or the disk has no room for what is missing (said before it fills up).
         """
-        todo = self.missing(images, flip=flip)
+        todo = self.missing(images, view=view)
         for index, image in enumerate(todo):
-            extraction = extract_image(self.adapter, folder, image, flip=flip)
+            extraction = extract_image(self.adapter, folder, image, view=view)
             if index == 0:
                 self._check_room(extraction.nbytes(self.dtype) * len(todo))
-            self._write(extraction, flip)
+            self._write(extraction, view)
             yield extraction
 
     def get(self, folder: str | Path, image: Image) -> Extraction:
@@ -170,13 +171,13 @@ class FeatureCache:
             pass
         return self.load(image.id)
 
-    def load(self, image_id: int, *, flip: bool = False) -> Extraction:
+    def load(self, image_id: int, *, view: int = 0) -> Extraction:
         """One extraction; features in float32.
 
         Raises:
             DataError: it is not in the cache, or damaged.
         """
-        path = self._path(image_id, flip)
+        path = self._path(image_id, view)
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
@@ -190,10 +191,10 @@ class FeatureCache:
             image_id, features, Detections(tensors["boxes"], tensors["scores"], tensors["labels"].long()), frame
         )
 
-    def _path(self, image_id: int, flip: bool) -> Path:
-        return self.folder / f"{image_id}{'-flip' if flip else ''}.safetensors"
+    def _path(self, image_id: int, view: int) -> Path:
+        return self.folder / (f"{image_id}-{view}.safetensors" if view else f"{image_id}.safetensors")
 
-    def _write(self, extraction: Extraction, flip: bool) -> None:
+    def _write(self, extraction: Extraction, view: int) -> None:
         found, frame = extraction.candidates, extraction.frame
         tensors = {f"level{i}": level.to(self.dtype) for i, level in enumerate(extraction.features.levels)}
         tensors |= {"boxes": found.boxes, "scores": found.scores, "labels": found.labels.int()}
@@ -206,7 +207,7 @@ class FeatureCache:
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(
-            self._path(extraction.image_id, flip), safetensors.torch.save(tensors, {"about": json.dumps(about)})
+            self._path(extraction.image_id, view), safetensors.torch.save(tensors, {"about": json.dumps(about)})
         )
 
     def _check_room(self, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""The IoU predictor: a small head that says how well a box fits its object.
+"""The IoU predictor: a small head that says how well a box fits its object, and where a better box lies.
 
 Three pieces, cheapest first: a 1x1 convolution per level narrows the detector's frozen feature maps to a common width,
 once per image; Precise RoI Pooling reads a box from *every* level; two fully connected layers turn that into an IoU.
@@ -6,6 +6,9 @@ once per image; Precise RoI Pooling reads a box from *every* level; two fully co
 The paper pools one level of 256 channels into 2 x FC1024, and its first layer is 90 % of the cost of the refinement
 loop. Narrowing before pooling costs the same as after it (both are linear) but is paid once per image, not per box and
 step. Reading all levels makes the prediction continuous in the box: there is no level to jump between.
+
+The second output, four numbers beside the IoU, is one step of box regression. It costs nothing beside the trunk, moves
+boxes further than the ascent does where there are few images to learn from, and the predicted IoU judges its result.
 """
 
 from __future__ import annotations
@@ -25,11 +28,15 @@ from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_choice, check_positive
 from iou_refiner._files import write_whole
+from iou_refiner.boxes import decode_boxes
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
 
 OBJECTIVES = ("bce", "smooth_l1")
-_FORMAT = "iou-refiner head 1"
+_FORMAT = "iou-refiner head 2"
+# What regression has to predict is about this large, in relative coordinates (shifts, then log sizes): the output is in
+# these units, as in every R-CNN.
+WAY_SPREAD = (0.1, 0.1, 0.2, 0.2)
 # Boxes pooled at once when predicting without gradients: bounds memory, not results.
 _CHUNK_BOXES = 1024
 
@@ -48,6 +55,7 @@ class IoUPredictor(nn.Module):
             lies just outside each edge, which is where a box too small shows.
         levels: ``"all"`` reads each box from every level; ``"assigned"`` from the one level FPN gives it.
         aligned: see :func:`prroi_pool`.
+        regress: also predict where a better box lies, see :meth:`move`.
         objective: what the output means, and so how :meth:`iou` maps it to [0, 1]: ``"bce"`` a logit,
             ``"smooth_l1"`` the paper's ``2 IoU - 1``.
         detector: fingerprint of the detector the head belongs to; checked when it is put to use.
@@ -69,6 +77,7 @@ class IoUPredictor(nn.Module):
         context: float = 1.5,
         levels: str = "all",
         aligned: bool = True,
+        regress: bool = True,
         objective: str = "bce",
         detector: str = "",
         recommended: Mapping[str, Any] | None = None,
@@ -86,6 +95,7 @@ class IoUPredictor(nn.Module):
         self.num_classes, self.width, self.hidden = int(num_classes), int(width), tuple(map(int, hidden))
         self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
         self.levels, self.objective, self.detector = levels, objective, detector
+        self.regress = bool(regress)
         self.recommended: dict[str, Any] = dict(recommended or {})
 
         pooled = self.width or self.channels[0]
@@ -97,8 +107,11 @@ class IoUPredictor(nn.Module):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
         self.trunk = nn.Sequential(*layers)
         self.output = nn.Linear(sizes[-1], max(self.num_classes, 1))
-        nn.init.normal_(self.output.weight, std=0.01)
-        nn.init.zeros_(self.output.bias)
+        self.delta = nn.Linear(sizes[-1], 4) if regress else None
+        for output in (self.output, self.delta):
+            if output is not None:
+                nn.init.normal_(output.weight, std=0.01)
+                nn.init.zeros_(output.bias)
 
     def encode(self, features: FeatureMaps) -> FeaturePyramid:
         """Narrow the maps and lay them out for pooling; once per batch of images, then ask for any boxes.
@@ -145,6 +158,33 @@ class IoUPredictor(nn.Module):
         Returns:
             (R,) float32.
         """
+        return self._fit(self._read(pyramid, boxes, image_index, level), labels)
+
+    def both(
+        self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both outputs for each box, for training: raw (R,) as :meth:`forward`, and the way (R, 4) to a better box in
+        the relative coordinates of :func:`~iou_refiner.boxes.encode_boxes`.
+
+        Raises:
+            ValueError: the head was made with ``regress=False``.
+        """
+        read = self._read(pyramid, boxes, image_index, None)
+        return self._fit(read, labels), self._way(read)
+
+    @torch.no_grad()
+    def move(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Better boxes (R, 4) for boxes (R, 4), by one step of regression; not clipped to the image.
+
+        Raises:
+            ValueError: the head was made with ``regress=False``.
+        """
+        parts = [slice(i, i + _CHUNK_BOXES) for i in range(0, len(boxes), _CHUNK_BOXES)]
+        ways = [self._way(self._read(pyramid, boxes[part], image_index[part], None)) for part in parts]
+        return decode_boxes(torch.cat(ways), boxes) if ways else boxes
+
+    def _read(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, level: Tensor | None) -> Tensor:
+        """What the trunk makes of each box, (R, hidden[-1])."""
         views = 1
         if self.levels == "all":
             views = len(self.strides)
@@ -159,12 +199,22 @@ class IoUPredictor(nn.Module):
         )
         # (R, views * P * P * C), no copy; spelt out, for -1 has no meaning where there are no boxes.
         pooled = pooled.permute(0, 2, 3, 1).reshape(len(boxes) // views, views * math.prod(pooled.shape[1:]))
-        out: Tensor = self.output(self.trunk(pooled)).float()
+        read: Tensor = self.trunk(pooled)
+        return read
+
+    def _fit(self, read: Tensor, labels: Tensor | None) -> Tensor:
+        out: Tensor = self.output(read).float()
         if not self.num_classes:
             return out[:, 0]
         if labels is None:
             raise ValueError("`labels` must be given: this head predicts one IoU per class.")
         return out.gather(1, labels[:, None])[:, 0]
+
+    def _way(self, read: Tensor) -> Tensor:
+        if self.delta is None:
+            raise ValueError("This head only predicts the IoU. Make one with `regress=True` to predict better boxes.")
+        out: Tensor = self.delta(read).float()
+        return out * out.new_tensor(WAY_SPREAD)
 
     def iou(self, raw: Tensor) -> Tensor:
         """Raw output to IoU in [0, 1]; NaN stays NaN."""
@@ -207,10 +257,9 @@ class IoUPredictor(nn.Module):
         return head.to(device).eval()
 
     def _settings(self) -> dict[str, object]:
-        names = ("channels", "strides", "num_classes", "width", "hidden", "output_size", "context")
-        return {
-            name: getattr(self, name) for name in (*names, "levels", "aligned", "objective", "detector", "recommended")
-        }
+        names: tuple[str, ...] = ("channels", "strides", "num_classes", "width", "hidden", "output_size", "context")
+        names += ("levels", "aligned", "regress", "objective", "detector", "recommended")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def train_head(
     *,
     output_dir: Path,
     cache: Path | None = None,
-    flip: bool = True,
+    views: int = 4,
     class_aware: bool = False,
     head: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
@@ -42,7 +42,8 @@ def train_head(
         val: the same to measure on, and to choose the settings of the stage on.
         output_dir: see :func:`fit`.
         cache: folder of the feature cache; default ``cache`` in ``output_dir``.
-        flip: also train on mirrored images.
+        views: how many views of every image to train on (:class:`View`): 1 is the images alone. The fewer images, the
+            more it pays; the cache grows with it.
         class_aware: one output for each of the detector's classes.
         head: settings of :class:`IoUPredictor`.
         device: where the head trains.
@@ -51,10 +52,10 @@ def train_head(
         settings: of :func:`fit`.
     """
     store = FeatureCache(cache or output_dir / "cache", adapter)
-    sets = [(*train, False), *([(*train, True)] if flip else []), *([(*val, False)] if val else [])]
-    for truth, folder, flipped in sets:
-        _fill(store, truth, folder, flipped, note, progress)
-    training_set = TrainingSet(store, train[0], flip=flip)
+    sets = [*((*train, view) for view in range(views)), *([(*val, 0)] if val else [])]
+    for truth, folder, view in sets:
+        _fill(store, truth, folder, view, note, progress)
+    training_set = TrainingSet(store, train[0], views=views)
     seen = training_set.load(0)[0].features
     torch.manual_seed(settings.get("seed", 0))
     predictor = IoUPredictor(
@@ -80,14 +81,14 @@ def _fill(
     store: FeatureCache,
     truth: GroundTruth,
     folder: Path,
-    flip: bool,
+    view: int,
     note: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    total = len(store.missing(truth.images, flip=flip))
-    for done, extraction in enumerate(store.fill(folder, truth.images, flip=flip), 1):
+    total = len(store.missing(truth.images, view=view))
+    for done, extraction in enumerate(store.fill(folder, truth.images, view=view), 1):
         if done == 1:
             size = extraction.nbytes(store.dtype) * total / 1e9
-            note(f"Features of {total:,} images{' (mirrored)' if flip else ''}: about {size:.2f} GB in {store.folder}")
+            note(f"Features of {total:,} images{f' (view {view})' if view else ''}: about {size:.2f} GB in {store.folder}")
         if progress:
-            progress("extracting mirrored" if flip else "extracting", done, total)
+            progress(f"extracting view {view}" if view else "extracting", done, total)

@@ -17,7 +17,7 @@ from iou_refiner.boxes import clip_boxes, valid_boxes
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy, xyxy_to_xywh
 from iou_refiner.data import Detections
 from iou_refiner.extraction import Extraction
-from iou_refiner.refiner import Stage
+from iou_refiner.stage import Stage
 
 #: Gives what the detector saw in an image: ``functools.partial(extract_image, adapter, folder)``, or a cache.
 Look = Callable[[Image], Extraction]
@@ -131,7 +131,7 @@ def _to_results(
 def _kept_keys(part: Results, stage: Stage, better: Detections) -> tuple[dict[str, Any], ...] | None:
     if part.extra is None or better.source is None:
         return None
-    dropped = {"segmentation"} if stage.settings.steps else set()
+    dropped = {"segmentation"} if stage.moves_boxes else set()
     extra = part.extra
     return tuple({k: v for k, v in extra[int(row)].items() if k not in dropped} for row in better.source)
 

@@ -9,7 +9,7 @@ out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from iou_refiner.boxes import box_area, clip_boxes, pairwise_iou, valid_boxes
 from iou_refiner.coco import GroundTruth, Image, xywh_to_xyxy
 from iou_refiner.extraction import Extraction, FeatureCache
 from iou_refiner.jitter import jitter_boxes
+from iou_refiner.views import View
 
 # A candidate more than this far inside a crowd region, and fitting no single object, is not judged.
 _CROWD_COVER = 0.5
+# Share of an object that a view must show for its box to be one to learn from.
+_LEAST_VISIBLE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +51,21 @@ class Samples:
         boxes: (R, 4) float32 xyxy, network frame.
         labels: (R,) int64.
         iou: (R,) float32, IoU with the best object of the same class.
+        objects: (R, 4) float32 xyxy, that object; the box itself where the image has none.
     """
 
     boxes: Tensor
     labels: Tensor
     iou: Tensor
+    objects: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Samples:
+        """The samples of these rows."""
+        return Samples(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def to(self, device: torch.device) -> Samples:
+        """The same on another device."""
+        return Samples(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 class TrainingSet:
@@ -61,30 +74,30 @@ class TrainingSet:
     Args:
         cache: extractions of the frozen detector; must hold every image of ``ground_truth``.
         ground_truth: the annotation.
-        flip: also use the mirror image of every image (must be in the cache).
+        views: how many views of every image to use (:class:`View`; all must be in the cache).
 
     Raises:
         DataError: an image is not in the cache.
     """
 
-    def __init__(self, cache: FeatureCache, ground_truth: GroundTruth, *, flip: bool = False):
+    def __init__(self, cache: FeatureCache, ground_truth: GroundTruth, *, views: int = 1):
         self.cache, self.ground_truth = cache, ground_truth
         self._rows = ground_truth.by_image()
-        self.items: list[tuple[Image, bool]] = []
-        for flipped in (False, True) if flip else (False,):
-            missing = cache.missing(ground_truth.images, flip=flipped)
+        self.items: list[tuple[Image, int]] = []
+        for view in range(views):
+            missing = cache.missing(ground_truth.images, view=view)
             if missing:
                 raise DataError(
                     f"{len(missing)} of {len(ground_truth.images)} images are not in the feature cache "
                     f"(first: image {missing[0].id}). Fill it first with FeatureCache.fill."
                 )
-            self.items += [(image, flipped) for image in ground_truth.images]
+            self.items += [(image, view) for image in ground_truth.images]
         to_category = cache.adapter.category_ids
         known = [category.id for category in ground_truth.categories]
         self._label_of = {c: label for label, c in (to_category or {c: c for c in known}).items() if c in known}
 
     def __len__(self) -> int:
-        """Number of images, mirror images included."""
+        """Number of images, times views."""
         return len(self.items)
 
     @property
@@ -94,24 +107,27 @@ class TrainingSet:
 
     def load(self, index: int) -> tuple[Extraction, Objects]:
         """What the detector saw in one image, and what is there. Candidates of classes not annotated are dropped."""
-        image, flipped = self.items[index]
-        extraction = self.cache.load(image.id, flip=flipped)
+        image, view = self.items[index]
+        extraction = self.cache.load(image.id, view=view)
         found = extraction.candidates
         annotated = torch.isin(found.labels, torch.tensor(self.labels, dtype=torch.int64))
         extraction = Extraction(image.id, extraction.features, found[annotated], extraction.frame)
-        return extraction, self._objects(image, extraction, flipped)
+        return extraction, self._objects(image, extraction, view)
 
-    def _objects(self, image: Image, extraction: Extraction, flipped: bool) -> Objects:
+    def _objects(self, image: Image, extraction: Extraction, number: int) -> Objects:
         rows = self._rows.get(image.id, np.zeros(0, np.int64))
         rows = rows[np.isin(self.ground_truth.category_id[rows], list(self._label_of))]
         boxes = torch.from_numpy(xywh_to_xyxy(self.ground_truth.bbox[rows])).float().reshape(-1, 4)
-        if flipped:
-            boxes = torch.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
-        boxes = extraction.frame.to_network(boxes)
         labels = torch.tensor([self._label_of[int(c)] for c in self.ground_truth.category_id[rows]], dtype=torch.int64)
         crowd = torch.from_numpy(np.asarray(self.ground_truth.iscrowd[rows], dtype=bool))
-        single = ~crowd & valid_boxes(boxes)
-        return Objects(boxes[single], labels[single], boxes[crowd])
+        view = View.of(image.id, (image.height, image.width), number)
+        whole = view.boxes(boxes)
+        seen = clip_boxes(whole, (view.height, view.width)) if number else whole
+        # Of an object that is mostly outside the view nobody can say where it ends: not judged, like a crowd.
+        crowd |= box_area(seen) < _LEAST_VISIBLE * box_area(whole)
+        boxes = extraction.frame.to_network(seen)
+        valid = valid_boxes(boxes)
+        return Objects(boxes[~crowd & valid], labels[~crowd & valid], boxes[crowd & valid])
 
 
 def true_iou(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
@@ -167,7 +183,14 @@ def sample_boxes(
     # to the image changes its IoU.
     iou = true_iou(all_boxes, all_labels, objects)
     judged = torch.nonzero(torch.isfinite(iou)).flatten()
-    return Samples(all_boxes[judged], all_labels[judged], iou[judged])
+    return Samples(all_boxes, all_labels, iou, _best_object(all_boxes, all_labels, objects))[judged]
+
+
+def _best_object(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
+    if not len(objects.boxes):
+        return boxes
+    iou = pairwise_iou(boxes, objects.boxes) * (labels[:, None] == objects.labels)
+    return objects.boxes[iou.argmax(1)]
 
 
 def _even_in(iou: Tensor, count: int, generator: torch.Generator, *, bins: int = 10) -> Tensor:
@@ -179,12 +202,8 @@ def _even_in(iou: Tensor, count: int, generator: torch.Generator, *, bins: int =
     return race.argsort()[:count]
 
 
-def collate(samples: Sequence[Samples]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Samples of several images in one: boxes (R, 4), image index (R,), labels (R,), true IoU (R,)."""
+def collate(samples: Sequence[Samples]) -> tuple[Samples, Tensor]:
+    """Samples of several images in one, and the image of each (R,) int64."""
     image_index = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s.iou) for s in samples]))
-    return (
-        torch.cat([s.boxes for s in samples]),
-        image_index,
-        torch.cat([s.labels for s in samples]),
-        torch.cat([s.iou for s in samples]),
-    )
+    columns = {f.name: torch.cat([getattr(s, f.name) for s in samples]) for f in fields(Samples)}
+    return Samples(**columns), image_index

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_fraction, check_positive
 from iou_refiner._files import replacing, write_whole
+from iou_refiner.boxes import encode_boxes
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid
-from iou_refiner.predictor import IoUPredictor
+from iou_refiner.predictor import WAY_SPREAD, IoUPredictor
 from iou_refiner.targets import Samples, TrainingSet, collate, sample_boxes, true_iou
 
 # Images that set the scale of the input layer.
 _CALIBRATION_IMAGES = 32
 _WARM_UP = 0.05  # share of all steps
+_MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object
 
 
 def fit(
@@ -48,7 +50,8 @@ def fit(
     was stopped and resumed: every epoch draws from a generator of its own.
 
     Args:
-        head: the head to train; its objective chooses the loss (BCE, or the paper's smooth-L1 on ``2 IoU - 1``).
+        head: the head to train; its objective chooses the loss (BCE, or the paper's smooth-L1 on ``2 IoU - 1``). Where it
+            regresses, smooth-L1 on the way to the object is added.
         train: images to train on.
         val: images to measure on after each epoch.
         epochs: passes over ``train``.
@@ -162,15 +165,33 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
 def _step(head: IoUPredictor, features: list[FeatureMaps], samples: list[Samples]) -> tuple[Tensor, int]:
     """Mean loss over the boxes of a batch, and their number."""
     device = head.output.weight.device
-    boxes, image_index, labels, iou = (column.to(device) for column in collate(samples))
+    asked, image_index = collate(samples)
+    asked, image_index = asked.to(device), image_index.to(device)
     # Images of different sizes share one table: each map keeps its own size, nothing is padded.
     pyramid = FeaturePyramid.concat([head.encode(maps) for maps in features])
-    raw = head(pyramid, boxes, image_index, labels)
+    if head.regress:
+        raw, way = head.both(pyramid, asked.boxes, image_index, asked.labels)
+        loss = _fit_loss(head, raw, asked.iou) + _way_loss(way, asked)
+    else:
+        loss = _fit_loss(head, head(pyramid, asked.boxes, image_index, asked.labels), asked.iou)
+    return loss, len(asked.iou)
+
+
+def _fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
     if head.objective == "bce":
         loss = nn.functional.binary_cross_entropy_with_logits(raw, iou, reduction="sum")
     else:
         loss = nn.functional.smooth_l1_loss(raw, 2 * iou - 1, reduction="sum")
-    return loss / max(len(iou), 1), len(iou)
+    return loss / max(len(iou), 1)
+
+
+def _way_loss(way: Tensor, asked: Samples) -> Tensor:
+    """Smooth-L1 on the way to the object, over the boxes that mean one: a box beside everything has nowhere to go."""
+    rows = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
+    wanted = encode_boxes(asked.objects[rows], asked.boxes[rows])
+    error = (way[rows] - wanted) / way.new_tensor(WAY_SPREAD)
+    loss = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5, reduction="sum")
+    return loss / max(len(rows), 1)
 
 
 @torch.no_grad()

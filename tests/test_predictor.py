@@ -309,7 +309,7 @@ def test_a_foreign_file_is_named(tmp_path: Path, about: Any) -> None:
     path = tmp_path / "other.safetensors"
     written_by_hand(path, about, {"weight": torch.zeros(2)})
     with pytest.raises(
-        DataError, match=r"not a head of this version \(format (None|'.*'), need 'iou-refiner head 1'\)"
+        DataError, match=r"not a head of this version \(format (None|'.*'), need 'iou-refiner head 2'\)"
     ):
         IoUPredictor.load(path)
 
@@ -341,7 +341,7 @@ BROKEN_SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", BROKEN_SETTINGS)
 def test_settings_that_do_not_fit_the_weights_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
     path, head = tmp_path / "head.safetensors", make_head()
-    about = {"format": "iou-refiner head 1", "settings": {**head._settings(), **change}}
+    about = {"format": "iou-refiner head 2", "settings": {**head._settings(), **change}}
     written_by_hand(path, about, dict(head.state_dict()))
     with pytest.raises(DataError, match=r"head.safetensors: settings and weights do not make a head"):
         IoUPredictor.load(path)
@@ -350,7 +350,7 @@ def test_settings_that_do_not_fit_the_weights_are_named(tmp_path: Path, change: 
 @pytest.mark.parametrize("about", [{}, {"settings": []}, {"settings": None}])
 def test_a_head_without_settings_is_named(tmp_path: Path, about: dict[str, Any]) -> None:
     path = tmp_path / "head.safetensors"
-    written_by_hand(path, {"format": "iou-refiner head 1", **about}, {"weight": torch.zeros(2)})
+    written_by_hand(path, {"format": "iou-refiner head 2", **about}, {"weight": torch.zeros(2)})
     with pytest.raises(DataError, match="settings and weights do not make a head"):
         IoUPredictor.load(path)
 

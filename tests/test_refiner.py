@@ -80,7 +80,7 @@ class TestStage:
     def test_source_joins_what_came_out_with_what_went_in(self, scene, head):
         features, candidates, _, _, _ = scene
         given = [d.replace(source=torch.arange(len(d))) for d in candidates]
-        for out, before in zip(Stage(head, steps=0)(features, given), given, strict=True):
+        for out, before in zip(Stage(head, moves=0, steps=0)(features, given), given, strict=True):
             assert torch.equal(out.boxes, before.boxes[out.source])
 
     def test_images_of_a_batch_do_not_touch_each_other(self, scene, head):
@@ -114,7 +114,7 @@ class TestStage:
         levels[0][1] = torch.nan
         stage = Stage(head, score_alpha=0.5)
         out = stage(FeatureMaps(levels, (1, 2), features.image_sizes), candidates)
-        expected = Stage(head, nms="greedy", steps=0)(features, candidates)[1]
+        expected = Stage(head, nms="greedy", moves=0, steps=0)(features, candidates)[1]
         assert torch.equal(out[1].boxes, expected.boxes)  # what the detector itself would have said
         assert torch.equal(out[1].scores, expected.scores)
         assert (out[1].ious == 0).all()

@@ -44,7 +44,7 @@ def test_a_dump_is_the_candidates_in_image_pixels(scene):
 def test_nothing_to_do_changes_nothing(scene):
     truth, look, head, *_ = scene
     given = candidates(scene)
-    out = Results.concat(rescore(look, None, Stage(head, nms="none", steps=0), given, truth))
+    out = Results.concat(rescore(look, None, Stage(head, nms="none", moves=0, steps=0), given, truth))
     assert len(out) == len(given)
     for image, rows in given.by_image().items():
         same = out.by_image()[image]
@@ -81,7 +81,7 @@ def test_other_keys_stay_with_their_record_and_masks_go_when_boxes_move(scene, s
     given = candidates(scene)
     extra = tuple({"track": index, "segmentation": []} for index in range(len(given)))
     given = Results(given.image_id, given.category_id, given.bbox, given.score, None, extra)
-    out = Results.concat(rescore(look, None, Stage(head, steps=steps), given, truth))
+    out = Results.concat(rescore(look, None, Stage(head, moves=0, steps=steps), given, truth))
     for row, keys in enumerate(out.extra):
         assert ("segmentation" in keys) == (steps == 0)
         origin = keys["track"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from iou_refiner.coco import read_ground_truth
 from iou_refiner.extraction import FeatureCache, extract_image
 from iou_refiner.predictor import read_metadata
 from iou_refiner.recipe import train_head
-from iou_refiner.refiner import Stage
+from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet, sample_boxes, true_iou
 from iou_refiner.training import measure
 
@@ -27,8 +28,8 @@ def toy(tmp_path_factory):
     path, detector = make_dataset(folder, 12)
     truth = read_ground_truth(path)
     cache = FeatureCache(folder / "cache", detector)
-    for flip in (False, True):
-        list(cache.fill(folder, truth.images, flip=flip))
+    for view in (0, 1):
+        list(cache.fill(folder, truth.images, view=view))
     return folder, truth, detector, cache
 
 
@@ -97,15 +98,25 @@ class TestTargets:
         torch.testing.assert_close(true_iou(found.boxes, found.labels, objects), expected)
         assert true_iou(found.boxes, found.labels + 1, objects).max() == 0
 
-    def test_mirrored_images_come_with_mirrored_objects(self, toy):
+    def test_views_come_with_their_own_objects(self, toy):
+        """The pixels under the objects of every view are the bright ones, and those beside them are not."""
         _, truth, _, cache = toy
-        data = TrainingSet(cache, truth, flip=True)
-        plain, mirrored = data.load(3), data.load(3 + len(truth.images))
-        assert data.items[3][0] == data.items[3 + len(truth.images)][0]
-        torch.testing.assert_close(mirrored[1].boxes[:, 0], 64 - plain[1].boxes[:, 2])
-        # The pixels under the mirrored objects are the bright ones.
-        x1, y1, x2, y2 = mirrored[1].boxes[0].int().tolist()
-        assert mirrored[0].features.levels[0][0, 0, y1:y2, x1:x2].min() > 0.8
+        data = TrainingSet(cache, truth, views=2)
+        assert len(data) == 2 * len(truth.images)
+        objects = 0
+        for index in range(len(truth.images), len(data)):
+            assert data.items[index] == (truth.images[index - len(truth.images)], 1)
+            extraction, seen = data.load(index)
+            bright = extraction.features.levels[0][0, 0] > 0.8
+            for x1, y1, x2, y2 in seen.boxes.tolist():
+                inside = bright[math.ceil(y1) + 1 : int(y2) - 1, math.ceil(x1) + 1 : int(x2) - 1]
+                assert inside.all()
+                bright[int(y1) : math.ceil(y2) + 1, int(x1) : math.ceil(x2) + 1] = False
+                objects += 1
+            for x1, y1, x2, y2 in seen.crowds.tolist():  # what is mostly cut off
+                bright[int(y1) : math.ceil(y2) + 1, int(x1) : math.ceil(x2) + 1] = False
+            assert bright.sum() == 0
+        assert objects > len(truth.images) / 2
 
     def test_crowds_are_not_judged(self, toy):
         _, truth, _, cache = toy
@@ -149,7 +160,7 @@ class TestFit:
 
     def test_same_seed_same_bytes(self, toy, tmp_path):
         _, truth, _, cache = toy
-        data = TrainingSet(cache, truth, flip=True)
+        data = TrainingSet(cache, truth, views=2)
         for name in "ab":
             fit(head(), data, output_dir=tmp_path / name, **SETTINGS)
         first, second = ((tmp_path / name / "head.safetensors").read_bytes() for name in "ab")
@@ -205,8 +216,8 @@ class TestFit:
         list(cache.fill(folder, truth.images))
         load = cache.load
 
-        def poisoned(image_id: int, *, flip: bool = False):
-            extraction = load(image_id, flip=flip)
+        def poisoned(image_id: int, *, view: int = 0):
+            extraction = load(image_id, view=view)
             if image_id == 7:
                 extraction.features.levels[0].fill_(torch.nan)
             return extraction
@@ -239,7 +250,7 @@ def test_train_head_from_images_to_file(toy, tmp_path):
     data = TrainingSet(FeatureCache(tmp_path / "cache", detector), truth)
     assert history[-1]["pearson"] == pytest.approx(measure(loaded, data)["pearson"])
     assert "Features of 12 images: about 0.00 GB" in said[0]
-    assert phases == {"extracting", "extracting mirrored", "training", "choosing settings"}
+    assert phases == {"extracting", *(f"extracting view {n}" for n in (1, 2, 3)), "training", "choosing settings"}
     # What was chosen is what measured best, and what a stage does with this head unless told otherwise.
     trials = read_metadata(tmp_path / "head.safetensors")["trials"]
     best = max(trials, key=lambda trial: trial["AP"])

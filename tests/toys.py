@@ -14,10 +14,11 @@ import torch
 from PIL import Image as PILImage
 
 from iou_refiner import Detections, FeatureMaps, Frame, IoUPredictor, jitter_boxes
-from iou_refiner.boxes import clip_boxes, pairwise_iou
+from iou_refiner.boxes import clip_boxes, pairwise_iou, valid_boxes
 from iou_refiner.nms import nms
+from iou_refiner.views import View
 
-SIZE = 64
+SIZE, VIEWS = 64, 4
 
 
 class ToyDetector(torch.nn.Module):
@@ -46,7 +47,8 @@ class ToyDetector(torch.nn.Module):
         return "none"
 
     def prepare(self, rgb: np.ndarray) -> tuple[torch.Tensor, Frame]:
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255, Frame.resize(rgb.shape[:2], (SIZE, SIZE))
+        pixels = torch.from_numpy(_to_size(rgb)).permute(2, 0, 1).float() / 255
+        return pixels, Frame.resize(rgb.shape[:2], (SIZE, SIZE))
 
     def extract(self, images: list[torch.Tensor]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
         batch = torch.stack(list(images))[:, :1] * self.weight.detach()
@@ -80,6 +82,10 @@ class ToyDetector(torch.nn.Module):
         return [d[nms(d.boxes, d.scores, d.labels)] for d in candidates]
 
 
+def _to_size(rgb: np.ndarray) -> np.ndarray:
+    return np.array(PILImage.fromarray(rgb).resize((SIZE, SIZE), PILImage.Resampling.NEAREST))
+
+
 def _key(image: torch.Tensor) -> bytes:
     return (image[0] * 255).round().byte().numpy().tobytes()
 
@@ -105,9 +111,11 @@ def make_dataset(folder: Path, count: int, *, seed: int = 0) -> tuple[Path, ToyD
         PILImage.fromarray(np.repeat(pixels[:, :, None], 3, 2)).save(folder / name)
         images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE})
         array = np.array(boxes, np.float64)
-        mirrored = np.stack([SIZE - array[:, 2], array[:, 1], SIZE - array[:, 0], array[:, 3]], 1)
-        objects[pixels.tobytes()] = array
-        objects[np.ascontiguousarray(pixels[:, ::-1]).tobytes()] = mirrored
+        for number in range(VIEWS):
+            view = View.of(image_id, (SIZE, SIZE), number)
+            seen = clip_boxes(view.boxes(torch.from_numpy(array)), (view.height, view.width))
+            seen = seen[valid_boxes(seen)] * torch.tensor([SIZE / view.width, SIZE / view.height] * 2)
+            objects[_to_size(view.pixels(pixels[:, :, None].repeat(3, 2)))[:, :, 0].tobytes()] = seen.numpy()
     path = folder / "annotation.json"
     path.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "rectangle"}]})
@@ -119,7 +127,7 @@ class OracleHead(IoUPredictor):
     """Knows the objects of each image: its "prediction" is the true IoU with the best of them."""
 
     def __init__(self, objects: list[torch.Tensor]):
-        super().__init__((4, 4), (1, 2), width=1, hidden=(2,), output_size=1, objective="smooth_l1")
+        super().__init__((4, 4), (1, 2), width=1, hidden=(2,), output_size=1, regress=False, objective="smooth_l1")
         self.objects = objects
 
     def forward(self, pyramid, boxes, image_index, labels=None, level=None):

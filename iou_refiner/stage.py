@@ -1,0 +1,279 @@
+"""The stage itself, predict - suppress - refine - rescore: what stands in the place of a detector's suppression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iou_refiner._checks import check_choice, check_fraction, check_positive
+from iou_refiner.boxes import valid_boxes
+from iou_refiner.data import Detections, FeatureMaps
+from iou_refiner.nms import iou_guided_nms, nms, soft_nms
+from iou_refiner.pooling import FeaturePyramid
+from iou_refiner.predictor import IoUPredictor
+from iou_refiner.refine import refine_boxes
+
+
+@dataclass
+class Summary:
+    """What a stage has done so far, over all images.
+
+    Attributes:
+        images: seen.
+        boxes: candidates that came in.
+        kept: detections that went out.
+        refined: boxes that were tried to be moved.
+        moved: boxes that were.
+        undone: ascent steps undone because the predicted IoU was not finite.
+        unpredicted: boxes whose IoU could not be predicted (features or box not finite). They stay where they are, keep
+            their class score, and leave with an IoU of 0: no evidence that they fit.
+    """
+
+    images: int = 0
+    boxes: int = 0
+    kept: int = 0
+    refined: int = 0
+    moved: int = 0
+    undone: int = 0
+    unpredicted: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.images:,} images", f"{self.boxes:,} boxes in", f"{self.kept:,} out"]
+        if self.refined:
+            parts.append(f"refined {self.refined:,}: {self.moved:,} moved, {self.refined - self.moved:,} left in place")
+        if self.undone or self.unpredicted:
+            parts.append(f"{self.undone:,} non-finite steps undone, {self.unpredicted:,} boxes without a prediction")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What a stage does, in the order in which it does it.
+
+    Args:
+        nms: ``"iou"`` suppresses by predicted IoU (Algorithm 1), ``"greedy"`` by class score, ``"soft"`` decays scores
+            (Soft-NMS), ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
+        nms_threshold: IoU above which boxes of one class are one cluster.
+        rank_alpha: IoU-guided NMS ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
+        moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
+            none). One that does not raise the predicted IoU is not taken.
+        steps: steps of the ascent; 0 takes none.
+        step_size: see :func:`refine_boxes`.
+        margin: a box whose predicted gain, by regression and ascent together, is not above this stays where it was.
+        refine_top: boxes refined per image, best scores first.
+        score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
+        max_detections: detections per image.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    nms: str = "iou"
+    nms_threshold: float = 0.5
+    rank_alpha: float = 0.75
+    moves: int = 1
+    steps: int = 5
+    step_size: float = 0.05
+    margin: float = 0.0
+    refine_top: int = 100
+    score_alpha: float = 0.0
+    max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        check_choice("nms", self.nms, ["iou", "greedy", "soft", "none"])
+        check_positive("step_size", self.step_size)
+        check_positive("max_detections", self.max_detections)
+        for name in ("nms_threshold", "rank_alpha", "score_alpha"):
+            check_fraction(name, getattr(self, name))
+        for name in ("moves", "steps", "refine_top", "margin"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+
+    @classmethod
+    def of(cls, head: IoUPredictor, **changes: Any) -> StageSettings:
+        """The settings recommended for a head, with some exchanged; a change to None is no change."""
+        known = [field.name for field in fields(cls)]
+        for name in changes:
+            check_choice("setting", name, known)
+        return cls(**{**head.recommended, **{name: value for name, value in changes.items() if value is not None}})
+
+
+class Stage:
+    """Candidates in, better detections out: what replaces a detector's suppression.
+
+    Args:
+        head: the trained predictor.
+        settings: fields of :class:`StageSettings`; default: what the head recommends, and its defaults.
+
+    Attributes:
+        settings: what it does.
+        summary: counts over all calls.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+
+    def __init__(self, head: IoUPredictor, **settings: Any):
+        self.head = head
+        self.settings = StageSettings.of(head, **settings)
+        self.summary = Summary()
+
+    def __call__(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        """Detections of each image by falling score, with ``ious``; boxes clipped to the image, always finite.
+
+        Args:
+            features: maps of a batch of images.
+            candidates: boxes before suppression, one entry per image, network frame.
+        """
+        # Tensors made in inference mode cannot take part in the ascent; what is made here can. The detector's own
+        # tensors are only read, never differentiated.
+        with torch.inference_mode(False), torch.no_grad():
+            pyramid = self.head.encode(_plain(features))
+            found = self._predict(pyramid, [c.to(pyramid.table.device) for c in candidates])
+            kept = [self._suppress(detections) for detections in found]
+            if self.moves_boxes:
+                kept = self._refine(pyramid, kept, features.image_sizes)
+                if self.settings.nms in ("iou", "greedy"):
+                    # Boxes that have come to rest on one object are one detection.
+                    kept = [self._suppress(detections) for detections in kept]
+            kept = [self._rescore(detections).to(features.device) for detections in kept]
+        self.summary.images += len(features)
+        self.summary.boxes += sum(map(len, candidates))
+        self.summary.kept += sum(map(len, kept))
+        return kept
+
+    @property
+    def moves_boxes(self) -> bool:
+        """Whether boxes that come out may lie elsewhere than they came in."""
+        regresses = self.head.regress and self.settings.moves > 0
+        return self.settings.refine_top > 0 and (regresses or self.settings.steps > 0)
+
+    def _predict(self, pyramid: FeaturePyramid, candidates: list[Detections]) -> list[Detections]:
+        boxes, image_index, labels = _flatten(candidates)
+        ious = self.head.predict(pyramid, boxes, image_index, labels)
+        self.summary.unpredicted += int((~torch.isfinite(ious)).sum())
+        pieces = ious.split([len(c) for c in candidates])
+        return [c.replace(ious=iou) for c, iou in zip(candidates, pieces, strict=True)]
+
+    def _suppress(self, found: Detections) -> Detections:
+        found = found[torch.isfinite(found.boxes).all(1) & torch.isfinite(found.scores)]
+        threshold = self.settings.nms_threshold
+        if self.settings.nms == "iou":
+            rank = _fuse(found, self.settings.rank_alpha)
+            keep, scores = iou_guided_nms(found.boxes, found.scores, rank, found.labels, threshold=threshold)
+        elif self.settings.nms == "soft":
+            keep, scores = soft_nms(found.boxes, found.scores, found.labels, threshold=threshold)
+        elif self.settings.nms == "greedy":
+            keep = nms(found.boxes, found.scores, found.labels, threshold=threshold)
+            scores = found.scores[keep]
+        else:
+            keep, scores = torch.arange(len(found), device=found.scores.device), found.scores
+        found = found[keep].replace(scores=scores)
+        order = _fuse(found, self.settings.score_alpha).argsort(descending=True, stable=True)
+        return found[order[: self.settings.max_detections]]
+
+    def _refine(
+        self, pyramid: FeaturePyramid, kept: list[Detections], image_sizes: tuple[tuple[int, int], ...]
+    ) -> list[Detections]:
+        """Regression, then ascent, of the best boxes of every image; what raises the predicted IoU is kept."""
+        best = [detections[detections.scores.argsort(descending=True, stable=True)] for detections in kept]
+        chosen = [detections[: self.settings.refine_top] for detections in best]
+        counts = [len(detections) for detections in chosen]
+        boxes, image_index, labels = _flatten(chosen)
+        start = torch.cat([_ious(detections) for detections in chosen])
+        current, ious = self._regress(pyramid, boxes, start, image_index, labels, image_sizes)
+        current, ious = self._ascend(pyramid, current, ious, image_index, labels, image_sizes)
+        moved = (ious > start + self.settings.margin) & (current != boxes).any(1)
+        current, ious = torch.where(moved[:, None], current, boxes), torch.where(moved, ious, start)
+        self.summary.refined += len(boxes)
+        self.summary.moved += int(moved.sum())
+        return [
+            detections.replace(
+                boxes=torch.cat([new, detections.boxes[len(new) :]]), ious=torch.cat([iou, _ious(detections)[len(iou) :]])
+            )
+            for detections, new, iou in zip(best, current.split(counts), ious.split(counts), strict=True)
+        ]
+
+    def _regress(
+        self,
+        pyramid: FeaturePyramid,
+        boxes: Tensor,
+        ious: Tensor,
+        image_index: Tensor,
+        labels: Tensor,
+        image_sizes: tuple[tuple[int, int], ...],
+    ) -> tuple[Tensor, Tensor]:
+        for _ in range(self.settings.moves if self.head.regress else 0):
+            new = _clip(self.head.move(pyramid, boxes, image_index), image_index, image_sizes)
+            value = self.head.predict(pyramid, new, image_index, labels)
+            better = (value > ious) & valid_boxes(new)
+            boxes, ious = torch.where(better[:, None], new, boxes), torch.where(better, value, ious)
+        return boxes, ious
+
+    def _ascend(
+        self,
+        pyramid: FeaturePyramid,
+        boxes: Tensor,
+        ious: Tensor,
+        image_index: Tensor,
+        labels: Tensor,
+        image_sizes: tuple[tuple[int, int], ...],
+    ) -> tuple[Tensor, Tensor]:
+        if not self.settings.steps:
+            return boxes, ious
+        level = self.head.levels_of(boxes)
+
+        def score(moved: Tensor, rows: Tensor) -> Tensor:
+            raw = self.head(pyramid, moved, image_index[rows], labels[rows], None if level is None else level[rows])
+            return self.head.iou(raw)
+
+        result = refine_boxes(score, boxes, steps=self.settings.steps, step_size=self.settings.step_size)
+        self.summary.undone += result.undone
+        new = _clip(result.boxes, image_index, image_sizes)
+        better = result.moved & valid_boxes(new)
+        return torch.where(better[:, None], new, boxes), torch.where(better, result.score, ious)
+
+    def _rescore(self, kept: Detections) -> Detections:
+        kept = kept.replace(scores=_fuse(kept, self.settings.score_alpha), ious=_ious(kept).nan_to_num(0.0))
+        return kept[kept.scores.argsort(descending=True, stable=True)]
+
+
+def _plain(features: FeatureMaps) -> FeatureMaps:
+    """The same maps as tensors that may enter an autograd graph: those made in inference mode are copied."""
+    levels = tuple(level.clone() if level.is_inference() else level for level in features.levels)
+    return FeatureMaps(levels, features.strides, features.image_sizes)
+
+
+def _flatten(detections: list[Detections]) -> tuple[Tensor, Tensor, Tensor]:
+    """All boxes (R, 4) of a batch in float32, the image of each (R,), and their labels (R,)."""
+    counts = torch.tensor([len(d) for d in detections])
+    index = torch.repeat_interleave(torch.arange(len(detections)), counts)
+    boxes = torch.cat([d.boxes for d in detections]).float()
+    return boxes, index.to(boxes.device), torch.cat([d.labels for d in detections])
+
+
+def _clip(boxes: Tensor, image_index: Tensor, image_sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Boxes (R, 4) cut each to the size of its image."""
+    sizes = boxes.new_tensor(image_sizes).reshape(-1, 2)[image_index].flip(1)  # (R, 2), width and height
+    return torch.minimum(boxes.clamp(min=0), sizes.repeat(1, 2))
+
+
+def _ious(detections: Detections) -> Tensor:
+    if detections.ious is None:
+        raise ValueError("These detections have no predicted IoU yet.")
+    return detections.ious
+
+
+def _fuse(found: Detections, alpha: float) -> Tensor:
+    """``score^(1 - alpha) * iou^alpha`` (N,), exactly the one or the other at the ends.
+
+    A box without a predicted IoU (NaN) is fused to its class score: it stands where the detector would have put it.
+    """
+    scores, ious = found.scores, _ious(found)
+    if alpha == 0:
+        return scores
+    fused = ious if alpha == 1 else scores.clamp(min=0) ** (1 - alpha) * ious.clamp(min=0) ** alpha
+    return torch.where(torch.isnan(ious), scores, fused)
