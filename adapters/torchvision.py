@@ -1,15 +1,20 @@
-"""torchvision's two-stage detectors: Faster R-CNN and what is built on it.
+"""torchvision's detectors: Faster, Mask and Keypoint R-CNN; RetinaNet, FCOS, SSD and SSDlite.
 
 The detector itself is never touched. A call runs a shallow twin of it, which shares every weight and hook and differs
-in one method: where the detector would suppress its boxes, the twin asks the stage. Whatever follows in the detector
-(mask and keypoint heads, the way back to the image) then works on the boxes the stage returned.
+in one method, ``postprocess_detections``: where the detector would suppress its boxes, the twin asks the stage. What
+follows in the detector (mask and keypoint heads, the way back to the image) then works on the boxes the stage returned.
+
+The candidates are what the detector's own ``postprocess_detections`` returns when it is told to suppress nothing: above
+its score threshold, among its best of each level or class where it counts them, clipped to the image; by falling score.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +27,7 @@ from iou_refiner.extraction import Suppression
 
 
 class TorchvisionAdapter:
-    """Faster R-CNN of ``torchvision.models.detection``, and its Mask and Keypoint kin.
+    """A detector of ``torchvision.models.detection``.
 
     Args:
         detector: the live detector.
@@ -30,14 +35,14 @@ class TorchvisionAdapter:
             trained on images made so.
 
     Raises:
-        TypeError: the detector is not of the Faster R-CNN family.
+        TypeError: it is none of torchvision's detectors.
     """
 
     def __init__(self, detector: nn.Module, *, longest_side: int | None = None):
-        heads = getattr(detector, "roi_heads", None)
-        if heads is None or not hasattr(heads, "postprocess_detections") or not hasattr(detector, "transform"):
+        if not hasattr(detector, "transform") or not hasattr(_suppressor(detector), "postprocess_detections"):
             raise TypeError(
-                f"The torchvision adapter takes the Faster R-CNN family (.roi_heads), got {type(detector).__name__}."
+                "`detector` must be one of torchvision's: Faster, Mask or Keypoint R-CNN, RetinaNet, FCOS, SSD; got "
+                f"{type(detector).__name__}."
             )
         self.detector: Any = detector
         self.longest_side = longest_side
@@ -65,11 +70,12 @@ class TorchvisionAdapter:
         return fingerprint(self.detector)
 
     def settings(self) -> str:
-        """How images are prepared and from which score on boxes are candidates."""
-        transform, heads = self.detector.transform, self.detector.roi_heads
+        """How images are prepared and which boxes are candidates."""
+        transform, own = self.detector.transform, _suppressor(self.detector)
+        best = f" topk_candidates={own.topk_candidates}" if hasattr(own, "topk_candidates") else ""
         return (
             f"longest_side={self.longest_side} min_size={transform.min_size} max_size={transform.max_size} "
-            f"mean={transform.image_mean} std={transform.image_std} score_thresh={heads.score_thresh}"
+            f"mean={transform.image_mean} std={transform.image_std} score_thresh={own.score_thresh}{best}"
         )
 
     def prepare(self, rgb: np.ndarray) -> tuple[Tensor, Frame]:
@@ -83,96 +89,120 @@ class TorchvisionAdapter:
         tensor = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous().float() / 255
         return tensor.to(self.device), Frame.resize((height, width), rgb.shape[:2])
 
+    def twin(self, stage: Suppression) -> Any:
+        """A detector of the same class that shares every weight, with ``stage`` as its suppression.
+
+        Its results have ``ious`` (N,) where the stage gives them. It follows the detector: load other weights into one
+        and both have them.
+        """
+        return (_rcnn_twin if hasattr(self.detector, "roi_heads") else _dense_twin)(self.detector, stage)
+
     def run(self, stage: Suppression, images: Sequence[Tensor], targets: None = None) -> list[dict[str, Tensor]]:
         """The detector's own call with its suppression replaced by ``stage``; its own result, plus ``ious``."""
-        kept: list[Detections] = []
-
-        def keep(features: FeatureMaps, candidates: list[Detections], shapes: Sequence[tuple[int, int]]) -> Any:
-            kept.extend(stage(features, candidates))
-            return kept
-
         with torch.no_grad():
-            results: list[dict[str, Tensor]] = _twin(self.detector, keep)(images)
-        for result, detections in zip(results, kept, strict=True):
-            if detections.ious is not None:
-                result["ious"] = detections.ious
+            results: list[dict[str, Tensor]] = self.twin(stage)(images)
         return results
 
     def extract(self, images: Sequence[Tensor]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
         """Feature maps, candidates before suppression (network frame), and the frame of each image."""
-        seen: list[Any] = []
+        seen: list[tuple[FeatureMaps, list[Detections]]] = []
 
-        def look(features: FeatureMaps, candidates: list[Detections], shapes: Sequence[tuple[int, int]]) -> Any:
-            seen.append((features, candidates, shapes))
-            return [detections[:0] for detections in candidates]
+        def look(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+            seen.append((features, candidates))
+            return [found[:0] for found in candidates]
 
-        with torch.no_grad():
-            _twin(self.detector, look)(images)
-        features, candidates, shapes = seen[0]
+        self.run(look, images)
+        ((features, candidates),) = seen
         frames = [
-            Frame.resize((int(image.shape[-2]), int(image.shape[-1])), shape)
-            for image, shape in zip(images, shapes, strict=True)
+            Frame.resize((int(image.shape[-2]), int(image.shape[-1])), size)
+            for image, size in zip(images, features.image_sizes, strict=True)
         ]
         return features, candidates, frames
 
 
-def _twin(detector: Any, suppress: Callable[..., list[Detections]]) -> Any:
-    """A shallow copy of the detector whose suppression is ``suppress(features, candidates, image_shapes)``."""
+def _rcnn_twin(detector: Any, stage: Suppression) -> Any:
+    """The twin of a two-stage detector; the feature maps are the levels its box head reads."""
     heads = detector.roi_heads
-    twin, twin_heads = _shallow(detector), _shallow(heads)
-    twin._modules["roi_heads"] = twin_heads
-    features: dict[str, Tensor] = {}
 
-    def forward(maps: dict[str, Tensor], proposals: Any, image_shapes: Any, targets: Any = None) -> Any:
-        features.update(maps)
-        return type(heads).forward(twin_heads, maps, proposals, image_shapes, targets)
+    def forward(maps: dict[str, Tensor], proposals: Any, image_sizes: Any, targets: Any = None) -> Any:
+        kept: list[Detections] = []
 
-    def postprocess(class_logits: Tensor, box_regression: Tensor, proposals: Any, image_shapes: Any) -> Any:
-        found = candidates(heads, class_logits, box_regression, proposals, image_shapes)
-        names = heads.box_roi_pool.featmap_names
-        kept = suppress(_feature_maps(features, names, image_shapes), found, image_shapes)
-        return [d.boxes for d in kept], [d.scores for d in kept], [d.labels for d in kept]
+        def suppress(*outputs: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+            levels = [maps[name] for name in heads.box_roi_pool.featmap_names if name in maps]
+            columns = _lenient(heads).postprocess_detections(*outputs)
+            candidates = [Detections(*rows) for rows in zip(*columns, strict=True)]
+            kept.extend(stage(_feature_maps(detector, levels, image_sizes), candidates))
+            return [d.boxes for d in kept], [d.scores for d in kept], [d.labels for d in kept]
 
-    twin_heads.forward = forward
-    twin_heads.postprocess_detections = postprocess
-    return twin
+        call = _shallow(heads, postprocess_detections=suppress)
+        results, losses = call.forward(maps, proposals, image_sizes, targets)
+        for result, found in zip(results, kept, strict=True):
+            result.update(_columns(found))
+        return results, losses
+
+    return _shallow(detector, roi_heads=_shallow(heads, forward=forward))
 
 
-def _shallow(module: nn.Module) -> Any:
+def _dense_twin(detector: Any, stage: Suppression) -> Any:
+    """The twin of a one-stage detector; the feature maps are all that its head reads."""
+
+    def forward(images: Any, targets: Any = None) -> Any:
+        levels: list[Tensor] = []
+
+        def read(maps: list[Tensor]) -> Any:
+            levels.extend(maps)
+            return detector.head.forward(maps)
+
+        def suppress(outputs: Any, anchors: Any, image_sizes: Any) -> list[dict[str, Tensor]]:
+            found = _lenient(detector).postprocess_detections(outputs, anchors, image_sizes)
+            features = _feature_maps(detector, levels, image_sizes)
+            return [_columns(kept) for kept in stage(features, [Detections(**columns) for columns in found])]
+
+        head = _shallow(detector.head, forward=read)
+        return _shallow(detector, head=head, postprocess_detections=suppress).forward(images, targets)
+
+    return _shallow(detector, forward=forward)
+
+
+def _suppressor(detector: Any) -> Any:
+    """The module with the method ``postprocess_detections`` and its thresholds."""
+    return getattr(detector, "roi_heads", detector)
+
+
+def _lenient(suppressor: Any) -> Any:
+    """The same module, but suppressing nothing: no overlap is too large, no number of detections too high."""
+    return _shallow(suppressor, nms_thresh=math.inf, detections_per_img=sys.maxsize)
+
+
+def _shallow(module: nn.Module, **changes: Any) -> Any:
+    """A copy that shares all weights and submodules, with some attributes or submodules exchanged."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    for name, value in changes.items():
+        setattr(twin, name, value)
     return twin
 
 
-def _feature_maps(
-    maps: dict[str, Tensor], names: Sequence[str], image_shapes: Sequence[tuple[int, int]]
-) -> FeatureMaps:
-    """The levels the box head reads. Strides are powers of two; padding blurs them least on the longer side."""
-    sides = [max(shape[axis] for shape in image_shapes) for axis in (0, 1)]
-    axis = 0 if sides[0] >= sides[1] else 1
-    levels = [maps[name] for name in names if name in maps]
-    strides = [2.0 ** round(math.log2(sides[axis] / level.shape[2 + axis])) for level in levels]
-    return FeatureMaps(tuple(levels), tuple(strides), tuple(image_shapes))
+def _columns(found: Detections) -> dict[str, Tensor]:
+    columns = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+    return columns if found.ious is None else columns | {"ious": found.ious}
 
 
-def candidates(
-    heads: Any, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Any
-) -> list[Detections]:
-    """What ``RoIHeads.postprocess_detections`` has before it suppresses: one row per box and class, image by image.
+def _feature_maps(detector: Any, levels: list[Tensor], image_sizes: Sequence[tuple[int, int]]) -> FeatureMaps:
+    """The levels with their strides, told by the longer side: it has more cells, so whole cells fit it better."""
+    side, axis = max((size[axis], axis) for size in image_sizes for axis in (0, 1))
+    cells = [level.shape[2 + axis] for level in levels]
+    default_boxes: Any = getattr(detector, "anchor_generator", None)
+    if hasattr(default_boxes, "steps"):  # SSD, whose maps are of any size: its cells are where its default boxes are
+        strides = default_boxes.steps or [side / count for count in cells]
+    else:
+        strides = _pyramid_strides(side, detector.transform.size_divisible, cells)
+    return FeatureMaps(tuple(levels), tuple(strides), tuple(image_sizes))
 
-    Same operations in the same order, so that applying the detector's own NMS to them gives its own output bit for bit.
-    """
-    ops = require("torchvision.ops", extra="torchvision", purpose="A torchvision detector")
-    num_classes = class_logits.shape[-1]
-    counts = [len(boxes) for boxes in proposals]
-    all_boxes = heads.box_coder.decode(box_regression, proposals).split(counts)  # (R_i, K + 1, 4) each
-    all_scores = class_logits.softmax(-1).split(counts)
-    found = []
-    for boxes, scores, shape in zip(all_boxes, all_scores, image_shapes, strict=True):
-        boxes = ops.clip_boxes_to_image(boxes, shape)[:, 1:].reshape(-1, 4)
-        labels = torch.arange(1, num_classes, device=boxes.device).expand(len(scores), -1).reshape(-1)
-        scores = scores[:, 1:].reshape(-1)
-        rows = torch.nonzero(scores > heads.score_thresh).flatten()
-        rows = rows[ops.remove_small_boxes(boxes[rows], min_size=1e-2)]
-        found.append(Detections(boxes[rows], scores[rows], labels[rows]))
-    return found
+
+def _pyramid_strides(side: int, divisor: int, cells: list[int]) -> list[float]:
+    """Powers of two, whatever the image. A level is compared with the one before it: 3 cells then 2 is a halving, which
+    the padded side, two or three cells long, would not tell."""
+    padded = math.ceil(side / divisor) * divisor
+    halvings = (round(math.log2(before / after)) for before, after in pairwise([padded, *cells]))
+    return [2.0**exponent for exponent in accumulate(halvings)]

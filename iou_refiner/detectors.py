@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -38,7 +39,7 @@ def as_adapter(detector: Any) -> Adapter:
             return wrap(detector)
     raise TypeError(
         f"No adapter for a detector of type {type(detector).__module__}.{type(detector).__qualname__}. Installed: "
-        f"{', '.join(known) or 'none'}. Bring your own: an object with the methods of iou_refiner.Adapter."
+        f"{', '.join(known) or 'none'}. Bring your own: see iou_refiner.own.OwnAdapter."
     )
 
 
@@ -46,41 +47,49 @@ def detector_from_spec(spec: str) -> Adapter:
     """The detector that ``--detector`` names.
 
     Args:
-        spec: ``adapter:name`` for an installed adapter (``torchvision:fasterrcnn_resnet50_fpn_v2``,
-            ``onnx:yolox.onnx``), or ``package.module:function`` or ``file.py:function``, a function without arguments
-            that returns a live detector or an adapter.
+        spec: ``adapter:name``, what the name means being up to the installed adapter: ``torchvision:NAME``,
+            ``detectron2:CONFIG.yaml[:WEIGHTS]``, ``mmdet:CONFIG.py[:WEIGHTS]``, ``transformers:FOLDER_OR_NAME``,
+            ``onnx:FILE``. Or ``package.module:function`` or ``file.py:function``, a function without arguments that
+            returns a live detector or an adapter; packages are looked for in the working directory too.
 
     Raises:
         DataError: the spec is malformed, or names what is not there.
     """
-    kind, colon, name = (
-        spec.rpartition(":") if spec.split(":", 1)[0] not in installed_adapters() else spec.partition(":")
-    )
-    if not colon or not kind or not name:
+    known = installed_adapters()
+    kind, _, name = spec.partition(":") if spec.partition(":")[0] in known else spec.rpartition(":")
+    if not kind or not name:
         raise DataError(
             f"--detector {spec!r} is not of the form adapter:name, package.module:function or file.py:function. "
-            f"Installed adapters: {', '.join(installed_adapters())}."
+            f"Installed adapters: {', '.join(known)}."
         )
-    if kind in installed_adapters():
-        adapter: Adapter = installed_adapters()[kind].load().from_name(name)
-        return adapter
+    if kind in known:
+        return _named(known[kind], name, spec)
     module = _module(kind, spec)
-    if not hasattr(module, name):
+    make = getattr(module, name, None)
+    if not callable(make):
         raise DataError(f"--detector {spec!r}: {kind} has no function {name!r}.{did_you_mean(name, dir(module))}")
-    return as_adapter(getattr(module, name)())
+    detector = make()
+    try:
+        return as_adapter(detector)
+    except TypeError as error:
+        raise DataError(f"--detector {spec!r}: {error}") from error
+
+
+def _named(point: EntryPoint, name: str, spec: str) -> Adapter:
+    try:
+        adapter: Adapter = point.load().from_name(name)
+    except DataError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise DataError(f"--detector {spec!r}: {error}") from error
+    return adapter
 
 
 def _module(kind: str, spec: str) -> Any:
     if kind.endswith(".py"):
-        path = Path(kind)
-        if not path.exists():
-            raise DataError(f"--detector {spec!r}: no file {path}.")
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        if found is None or found.loader is None:
-            raise DataError(f"--detector {spec!r}: {path} is not a Python file.")
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
+        return _module_of_file(Path(kind), spec)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # `python -m` has it, a console script has not; last, so that it hides nothing
     try:
         return importlib.import_module(kind)
     except ModuleNotFoundError as error:
@@ -91,3 +100,16 @@ def _module(kind: str, spec: str) -> Any:
             f"--detector {spec!r}: neither an adapter nor a module is called {kind!r}.{did_you_mean(kind, known)} "
             f"Installed adapters: {', '.join(known)}."
         ) from None
+
+
+def _module_of_file(path: Path, spec: str) -> Any:
+    if not path.exists():
+        raise DataError(f"--detector {spec!r}: no file {path}.")
+    # Under a name of its own, or a file called torch.py would hide torch.
+    found = importlib.util.spec_from_file_location(f"detector_in_{path.stem}", path)
+    if found is None or found.loader is None:
+        raise DataError(f"--detector {spec!r}: {path} is not a Python file.")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # where dataclasses and pickle look for it
+    found.loader.exec_module(module)
+    return module
