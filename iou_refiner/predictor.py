@@ -158,19 +158,7 @@ class IoUPredictor(nn.Module):
         Returns:
             (R,) float32.
         """
-        return self._fit(self._read(pyramid, boxes, image_index, level), labels)
-
-    def both(
-        self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both outputs for each box, for training: raw (R,) as :meth:`forward`, and the way (R, 4) to a better box in
-        the relative coordinates of :func:`~iou_refiner.boxes.encode_boxes`.
-
-        Raises:
-            ValueError: the head was made with ``regress=False``.
-        """
-        read = self._read(pyramid, boxes, image_index, None)
-        return self._fit(read, labels), self._way(read)
+        return self.fit_of(self.read(pyramid, boxes, image_index, level), labels)
 
     @torch.no_grad()
     def move(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
@@ -180,11 +168,11 @@ class IoUPredictor(nn.Module):
             ValueError: the head was made with ``regress=False``.
         """
         parts = [slice(i, i + _CHUNK_BOXES) for i in range(0, len(boxes), _CHUNK_BOXES)]
-        ways = [self._way(self._read(pyramid, boxes[part], image_index[part], None)) for part in parts]
+        ways = [self.way_of(self.read(pyramid, boxes[part], image_index[part])) for part in parts]
         return decode_boxes(torch.cat(ways), boxes) if ways else boxes
 
-    def _read(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, level: Tensor | None) -> Tensor:
-        """What the trunk makes of each box, (R, hidden[-1])."""
+    def read(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, level: Tensor | None = None) -> Tensor:
+        """What the trunk makes of each box, (R, hidden[-1]); arguments as :meth:`forward`."""
         views = 1
         if self.levels == "all":
             views = len(self.strides)
@@ -202,7 +190,8 @@ class IoUPredictor(nn.Module):
         read: Tensor = self.trunk(pooled)
         return read
 
-    def _fit(self, read: Tensor, labels: Tensor | None) -> Tensor:
+    def fit_of(self, read: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Raw output (R,) from what was :meth:`read`."""
         out: Tensor = self.output(read).float()
         if not self.num_classes:
             return out[:, 0]
@@ -210,7 +199,13 @@ class IoUPredictor(nn.Module):
             raise ValueError("`labels` must be given: this head predicts one IoU per class.")
         return out.gather(1, labels[:, None])[:, 0]
 
-    def _way(self, read: Tensor) -> Tensor:
+    def way_of(self, read: Tensor) -> Tensor:
+        """From what was :meth:`read`: the way (R, 4) to a better box, in the relative coordinates of
+        :func:`~iou_refiner.boxes.encode_boxes`.
+
+        Raises:
+            ValueError: the head was made with ``regress=False``.
+        """
         if self.delta is None:
             raise ValueError("This head only predicts the IoU. Make one with `regress=True` to predict better boxes.")
         out: Tensor = self.delta(read).float()

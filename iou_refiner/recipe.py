@@ -89,6 +89,8 @@ def _fill(
     for done, extraction in enumerate(store.fill(folder, truth.images, view=view), 1):
         if done == 1:
             size = extraction.nbytes(store.dtype) * total / 1e9
-            note(f"Features of {total:,} images{f' (view {view})' if view else ''}: about {size:.2f} GB in {store.folder}")
+            note(
+                f"Features of {total:,} images{f' (view {view})' if view else ''}: about {size:.2f} GB in {store.folder}"
+            )
         if progress:
             progress(f"extracting view {view}" if view else "extracting", done, total)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iou_refiner._checks import check_choice, check_fraction, check_positive
-from iou_refiner.boxes import valid_boxes
+from iou_refiner.boxes import clip_boxes, valid_boxes
 from iou_refiner.data import Detections, FeatureMaps
 from iou_refiner.nms import iou_guided_nms, nms, soft_nms
 from iou_refiner.pooling import FeaturePyramid
@@ -132,7 +132,11 @@ class Stage:
         # tensors are only read, never differentiated.
         with torch.inference_mode(False), torch.no_grad():
             pyramid = self.head.encode(_plain(features))
-            found = self._predict(pyramid, [c.to(pyramid.table.device) for c in candidates])
+            given = [
+                found.to(pyramid.table.device).replace(boxes=clip_boxes(found.boxes, size).to(pyramid.table.device))
+                for found, size in zip(candidates, features.image_sizes, strict=True)
+            ]
+            found = self._predict(pyramid, given)
             kept = [self._suppress(detections) for detections in found]
             if self.moves_boxes:
                 kept = self._refine(pyramid, kept, features.image_sizes)
@@ -192,7 +196,8 @@ class Stage:
         self.summary.moved += int(moved.sum())
         return [
             detections.replace(
-                boxes=torch.cat([new, detections.boxes[len(new) :]]), ious=torch.cat([iou, _ious(detections)[len(iou) :]])
+                boxes=torch.cat([new, detections.boxes[len(new) :]]),
+                ious=torch.cat([iou, _ious(detections)[len(iou) :]]),
             )
             for detections, new, iou in zip(best, current.split(counts), ious.split(counts), strict=True)
         ]
@@ -232,9 +237,11 @@ class Stage:
 
         result = refine_boxes(score, boxes, steps=self.settings.steps, step_size=self.settings.step_size)
         self.summary.undone += result.undone
-        new = _clip(result.boxes, image_index, image_sizes)
-        better = result.moved & valid_boxes(new)
-        return torch.where(better[:, None], new, boxes), torch.where(better, result.score, ious)
+        new, value = _clip(result.boxes, image_index, image_sizes), result.score.clone()
+        cut = torch.nonzero((new != result.boxes).any(1)).flatten()  # what was scored is not what is left of it
+        value[cut] = self.head.predict(pyramid, new[cut], image_index[cut], labels[cut])
+        better = result.moved & valid_boxes(new) & (value > ious)
+        return torch.where(better[:, None], new, boxes), torch.where(better, value, ious)
 
     def _rescore(self, kept: Detections) -> Detections:
         kept = kept.replace(scores=_fuse(kept, self.settings.score_alpha), ious=_ious(kept).nan_to_num(0.0))

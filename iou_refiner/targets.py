@@ -111,7 +111,9 @@ class TrainingSet:
         extraction = self.cache.load(image.id, view=view)
         found = extraction.candidates
         annotated = torch.isin(found.labels, torch.tensor(self.labels, dtype=torch.int64))
-        extraction = Extraction(image.id, extraction.features, found[annotated], extraction.frame)
+        found = found[annotated]
+        found = found.replace(boxes=clip_boxes(found.boxes, extraction.features.image_sizes[0]))  # as the stage does
+        extraction = Extraction(image.id, extraction.features, found, extraction.frame)
         return extraction, self._objects(image, extraction, view)
 
     def _objects(self, image: Image, extraction: Extraction, number: int) -> Objects:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_fraction, check_positive
 from iou_refiner._files import replacing, write_whole
-from iou_refiner.boxes import encode_boxes
 from iou_refiner.data import FeatureMaps
+from iou_refiner.losses import order_output, total_loss
 from iou_refiner.pooling import FeaturePyramid
-from iou_refiner.predictor import WAY_SPREAD, IoUPredictor
+from iou_refiner.predictor import IoUPredictor
 from iou_refiner.targets import Samples, TrainingSet, collate, sample_boxes, true_iou
 
 # Images that set the scale of the input layer.
 _CALIBRATION_IMAGES = 32
 _WARM_UP = 0.05  # share of all steps
-_MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object
 
 
 def fit(
@@ -51,7 +50,7 @@ def fit(
 
     Args:
         head: the head to train; its objective chooses the loss (BCE, or the paper's smooth-L1 on ``2 IoU - 1``). Where it
-            regresses, smooth-L1 on the way to the object is added.
+            regresses, smooth-L1 on the way to the object is added, and always the order of the boxes around one object.
         train: images to train on.
         val: images to measure on after each epoch.
         epochs: passes over ``train``.
@@ -87,19 +86,20 @@ def fit(
         "images": len(train),
     }  # fmt: skip
     steps_per_epoch = math.ceil(len(train) / batch_size)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
+    order = order_output(head)
+    optimizer = torch.optim.AdamW([*head.parameters(), *order.parameters()], lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps_per_epoch * epochs))
     run = _Run(output_dir, settings)
-    history = run.resume(head, optimizer, schedule) if resume else []
+    history = run.resume(head, order, optimizer, schedule) if resume else []
     if not history:
         _calibrate(head, train)
     for epoch in range(len(history), epochs):
         began, total, boxes = time.perf_counter(), 0.0, 0
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(train), generator=generator).tolist()
+        shuffled = torch.randperm(len(train), generator=generator).tolist()
         head.train()
         for step in range(steps_per_epoch):
-            chosen = order[step * batch_size : (step + 1) * batch_size]
+            chosen = shuffled[step * batch_size : (step + 1) * batch_size]
             loaded = [train.load(index) for index in chosen]
             samples = [
                 sample_boxes(
@@ -108,7 +108,7 @@ def fit(
                 )
                 for extraction, objects in loaded
             ]  # fmt: skip
-            loss, count = _step(head, [extraction.features for extraction, _ in loaded], samples)
+            loss, count = _step(head, order, [extraction.features for extraction, _ in loaded], samples)
             if count:
                 if not torch.isfinite(loss):
                     images = ", ".join(str(extraction.image_id) for extraction, _ in loaded)
@@ -125,7 +125,7 @@ def fit(
         if val is not None:
             metrics |= measure(head, val)
         history.append(metrics)
-        run.save(head, optimizer, schedule, history)
+        run.save(head, order, optimizer, schedule, history)
     if train.cache.adapter.fingerprint() != frozen:
         raise RuntimeError("The detector's weights changed while the head was trained; the head is not to be trusted.")
     return history
@@ -162,36 +162,16 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
     }
 
 
-def _step(head: IoUPredictor, features: list[FeatureMaps], samples: list[Samples]) -> tuple[Tensor, int]:
-    """Mean loss over the boxes of a batch, and their number."""
+def _step(
+    head: IoUPredictor, order: nn.Linear, features: list[FeatureMaps], samples: list[Samples]
+) -> tuple[Tensor, int]:
+    """The loss over the boxes of a batch, and their number."""
     device = head.output.weight.device
     asked, image_index = collate(samples)
     asked, image_index = asked.to(device), image_index.to(device)
     # Images of different sizes share one table: each map keeps its own size, nothing is padded.
     pyramid = FeaturePyramid.concat([head.encode(maps) for maps in features])
-    if head.regress:
-        raw, way = head.both(pyramid, asked.boxes, image_index, asked.labels)
-        loss = _fit_loss(head, raw, asked.iou) + _way_loss(way, asked)
-    else:
-        loss = _fit_loss(head, head(pyramid, asked.boxes, image_index, asked.labels), asked.iou)
-    return loss, len(asked.iou)
-
-
-def _fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
-    if head.objective == "bce":
-        loss = nn.functional.binary_cross_entropy_with_logits(raw, iou, reduction="sum")
-    else:
-        loss = nn.functional.smooth_l1_loss(raw, 2 * iou - 1, reduction="sum")
-    return loss / max(len(iou), 1)
-
-
-def _way_loss(way: Tensor, asked: Samples) -> Tensor:
-    """Smooth-L1 on the way to the object, over the boxes that mean one: a box beside everything has nowhere to go."""
-    rows = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
-    wanted = encode_boxes(asked.objects[rows], asked.boxes[rows])
-    error = (way[rows] - wanted) / way.new_tensor(WAY_SPREAD)
-    loss = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5, reduction="sum")
-    return loss / max(len(rows), 1)
+    return total_loss(head, order, head.read(pyramid, asked.boxes, image_index), asked, image_index), len(asked.iou)
 
 
 @torch.no_grad()
@@ -232,7 +212,7 @@ class _Run:
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, head: IoUPredictor, optimizer: Any, schedule: Any) -> list[dict[str, float]]:
+    def resume(self, head: IoUPredictor, order: nn.Linear, optimizer: Any, schedule: Any) -> list[dict[str, float]]:
         if not self.folder or not (self.folder / "last.pt").exists():
             return []
         state = torch.load(self.folder / "last.pt", weights_only=True, map_location=head.output.weight.device)
@@ -243,12 +223,15 @@ class _Run:
                 "resume with the same settings, or train into another folder."
             )
         head.load_state_dict(state["head"])
+        order.load_state_dict(state["order"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history: list[dict[str, float]] = state["history"]
         return history
 
-    def save(self, head: IoUPredictor, optimizer: Any, schedule: Any, history: list[dict[str, float]]) -> None:
+    def save(
+        self, head: IoUPredictor, order: nn.Linear, optimizer: Any, schedule: Any, history: list[dict[str, float]]
+    ) -> None:
         if not self.folder:
             return
         metrics = {name: value for name, value in history[-1].items() if name != "seconds"}  # same seed, same bytes
@@ -256,7 +239,7 @@ class _Run:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_whole(self.folder / "metrics.jsonl", lines.encode())
         state = {
-            "head": head.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+            "head": head.state_dict(), "order": order.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
             "history": history, "settings": self.settings,
         }  # fmt: skip
         with replacing(self.folder / "last.pt") as stream:

@@ -20,10 +20,11 @@ from iou_refiner.rescoring import Look, dump_candidates, rescore
 _NOTHING: dict[str, Any] = {"nms": "iou", "rank_alpha": 0.0, "score_alpha": 0.0, "moves": 0, "steps": 0}
 # Tried in this order, each from the best found so far.
 _TRIALS: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"nms_threshold": 0.5}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}),
+    ({"nms_threshold": 0.5}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}, {"nms": "none"}),
     ({"rank_alpha": 0.5}, {"rank_alpha": 0.75}, {"rank_alpha": 1.0}),
-    ({"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}, {"steps": 5, "step_size": 0.1}),
-    ({"score_alpha": 0.3}, {"score_alpha": 0.5}),
+    ({"moves": 1}, {"moves": 2}, {"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
+    ({"steps": 5, "step_size": 0.02}, {"margin": 0.02}),
+    ({"score_alpha": 0.3}, {"score_alpha": 0.5}, {"score_alpha": 0.7}),
 )
 # A gain of AP below this is taken for noise, and the simpler setting stays.
 _TRIFLE = 0.001

@@ -1,0 +1,84 @@
+"""What the head is trained to do.
+
+Three losses share the trunk: the IoU itself; the way to the object, where the head regresses; and the *order* of the
+boxes around one object, an energy in the sense of Gustafsson et al. (ECCV 2020) learned as a distribution over them.
+Suppression and ascent live on that order, and an IoU that is right on average need not have it. The energy is an output
+of its own which only training has: through the trunk it improves the predicted IoU, and then it is no longer needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iou_refiner.boxes import encode_boxes
+from iou_refiner.predictor import WAY_SPREAD, IoUPredictor
+from iou_refiner.targets import Samples
+
+_MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object, and has a way to go
+_ORDERED = 0.1  # true IoU above which a box takes part in the order around its object
+_ORDER_TEMPERATURE = 0.1  # difference of IoU that makes a box e times as likely to be the one
+_ORDER_WEIGHT = 0.5
+
+
+def order_output(head: IoUPredictor) -> nn.Linear:
+    """The energy output, beside those of the head."""
+    order = nn.Linear(head.output.in_features, 1).to(head.output.weight)
+    nn.init.zeros_(order.weight)
+    nn.init.zeros_(order.bias)
+    return order
+
+
+def total_loss(head: IoUPredictor, order: nn.Linear, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+    """The three losses together.
+
+    Args:
+        head: for its outputs and its objective.
+        order: from :func:`order_output`.
+        read: (R, hidden[-1]), what the trunk made of the boxes.
+        asked: the R boxes and their truth.
+        image_index: (R,) the image of each.
+    """
+    loss = _fit_loss(head, head.fit_of(read, asked.labels), asked.iou)
+    loss = loss + _ORDER_WEIGHT * _order_loss(order(read).float()[:, 0], asked, image_index)
+    if head.regress:
+        loss = loss + _way_loss(head.way_of(read), asked)
+    return loss
+
+
+def _fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
+    if head.objective == "bce":
+        loss = nn.functional.binary_cross_entropy_with_logits(raw, iou, reduction="sum")
+    else:
+        loss = nn.functional.smooth_l1_loss(raw, 2 * iou - 1, reduction="sum")
+    return loss / max(len(iou), 1)
+
+
+def _order_loss(energy: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+    """Divergence from a distribution over the boxes that mean one object, ``exp(IoU / temperature)``, to that of the
+    energies: which of them fits best, whatever the object. The mean over objects.
+    """
+    rows = torch.nonzero(asked.iou > _ORDERED).flatten()
+    if not len(rows):
+        return energy.sum() * 0
+    key = torch.cat([image_index[rows, None].to(asked.objects), asked.objects[rows]], 1)
+    group = torch.unique(key, dim=0, return_inverse=True)[1]
+    wanted = _log_softmax(asked.iou[rows] / _ORDER_TEMPERATURE, group)
+    return (wanted.exp() * (wanted - _log_softmax(energy[rows], group))).sum() / (group.max() + 1)
+
+
+def _log_softmax(values: Tensor, group: Tensor) -> Tensor:
+    """Log-softmax of values (R,) within each group (R,), numbered from 0."""
+    groups = int(group.max()) + 1
+    highest = values.new_full((groups,), -torch.inf).scatter_reduce(0, group, values.detach(), "amax")
+    values = values - highest[group]
+    return values - values.new_zeros(groups).index_add(0, group, values.exp()).log()[group]
+
+
+def _way_loss(way: Tensor, asked: Samples) -> Tensor:
+    """Smooth-L1 on the way to the object, over the boxes that mean one: a box beside everything has nowhere to go."""
+    rows = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
+    wanted = encode_boxes(asked.objects[rows], asked.boxes[rows])
+    error = (way[rows] - wanted) / way.new_tensor(WAY_SPREAD)
+    loss = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5, reduction="sum")
+    return loss / max(len(rows), 1)
