@@ -27,12 +27,9 @@ from iou_refiner.adapters._onnx_images import check_image, check_stride, place, 
 from iou_refiner.adapters._onnx_layouts import LAYOUTS, OnnxLayout
 from iou_refiner.adapters._onnx_network import Network
 from iou_refiner.boxes import clip_boxes, valid_boxes
+from iou_refiner.coco_data import COCO_IDS
 from iou_refiner.extraction import Suppression
 from iou_refiner.nms import nms
-
-# The official category ids of COCO's 80 classes are 1 to 90 without these.
-_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-_COCO_IDS = tuple(sorted(set(range(1, 91)) - _COCO_GAPS))
 
 
 class OnnxAdapter:
@@ -120,8 +117,8 @@ class OnnxAdapter:
         ids = self.layout.category_ids
         if self.layout.labels is None and ids is not None and len(ids) != classes:
             raise ValueError(f"`category_ids` must name the {classes} classes of {self.path}, got {len(ids)} ids.")
-        if ids is None and self.layout.labels is None and classes == len(_COCO_IDS):
-            ids = _COCO_IDS
+        if ids is None and self.layout.labels is None and classes == len(COCO_IDS):
+            ids = COCO_IDS
         self.category_ids: dict[int, int] | None = None if ids is None else dict(enumerate(ids))
         maps = tuple(tensors[name] for name in self.features)
         strides = self.layout.strides

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from toys import OracleHead
 
 from iou_refiner import Detections, FeatureMaps, Frame, IoUPredictor, IoURefiner, Stage
-from iou_refiner.boxes import box_area, clip_boxes, paired_iou
+from iou_refiner.boxes import box_area, clip_boxes, paired_iou, valid_boxes
 
 CASES = {
     f"{framework}: {name}": build
@@ -51,6 +51,12 @@ def columns(found: Detections) -> dict[str, Tensor]:
 def part(height: int, width: int, *fractions: float) -> Tensor:
     """The box (1, 4) with these corners, in fractions of an image's width and height."""
     return torch.tensor([fractions]) * torch.tensor([width, height] * 2)
+
+
+def in_image(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+    """The candidates that results can show, cut to their image: detectors may cut boxes only after suppression."""
+    cut = [c.replace(boxes=clip_boxes(c.boxes, size)) for c, size in zip(candidates, features.image_sizes, strict=True)]
+    return [found[valid_boxes(found.boxes)] for found in cut]
 
 
 def best(found: Detections) -> Detections:
@@ -84,12 +90,12 @@ class TestContract:
 
     def test_stage_decides(self, case: Case) -> None:
         def shuffled(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            kept = [found[torch.arange(len(found)).flip(0)[:5]] for found in candidates]
+            kept = [found[torch.arange(len(found)).flip(0)[:5]] for found in in_image(features, candidates)]
             return [found.replace(scores=found.scores / 2, ious=torch.linspace(0, 1, len(found))) for found in kept]
 
-        _, candidates, _ = case.adapter.extract(case.images)
+        features, candidates, _ = case.adapter.extract(case.images)
         results = case.read(case.call(shuffled, case.images))
-        for result, found in zip(results, candidates, strict=True):
+        for result, found in zip(results, in_image(features, candidates), strict=True):
             assert torch.equal(result["ious"], torch.linspace(0, 1, 5))
             assert torch.equal(result["scores"], found.scores.flip(0)[:5] / 2)
             assert torch.equal(result["labels"], found.labels.flip(0)[:5])
@@ -107,13 +113,15 @@ class TestContract:
         """Mapped back by the frame of ``extract``, they are what ``run`` reports in pixels of the detector's input."""
         features, candidates, frames = case.adapter.extract(case.images)
         results = case.read(case.call(keep_all, case.images))
-        for found, frame, size, result in zip(candidates, frames, features.image_sizes, results, strict=True):
-            assert (found.boxes >= 0).all()
-            assert (found.boxes <= torch.tensor([size[1], size[0]] * 2)).all()
-            torch.testing.assert_close(frame.to_image(found.boxes), result["boxes"], atol=1e-3, rtol=0)
+        shown = in_image(features, candidates)
+        for found, frame, size, result in zip(shown, frames, features.image_sizes, results, strict=True):
+            reported = result["boxes"][valid_boxes(result["boxes"])]
+            torch.testing.assert_close(frame.to_image(found.boxes), reported, atol=1e-3, rtol=0)
             height, width = frame.image_size
             corner = frame.to_network(torch.tensor([[0.0, 0, width, height]]))
-            torch.testing.assert_close(corner, torch.tensor([[0.0, 0, size[1], size[0]]]), atol=1e-3, rtol=0)
+            # Where the image begins is the detector's affair (a centred letterbox); it ends at the image size.
+            assert (corner[:, :2] >= 0).all()
+            torch.testing.assert_close(corner[:, 2:], torch.tensor([[float(size[1]), size[0]]]), atol=1e-3, rtol=0)
 
     def test_prepared_frame_is_the_size_of_what_was_prepared(self, case: Case) -> None:
         for rgb in case.rgb:
@@ -170,15 +178,15 @@ class TestContract:
 
         The IoU a box leaves with is the IoU it has there: geometry, order of rows and order of images agree.
         """
-        _, candidates, frames = case.adapter.extract(case.images)
-        objects = [inside_largest(best(found).boxes) for found in candidates]
+        features, candidates, frames = case.adapter.extract(case.images)
+        objects = [inside_largest(best(found).boxes) for found in in_image(features, candidates)]
         stage = Stage(OracleHead(objects), nms="none", steps=15)
 
         def still(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            return [best(found) for found in candidates]
+            return [best(found) for found in in_image(features, candidates)]
 
         def oracle(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            return stage(toy_maps(features), [best(found) for found in candidates])
+            return stage(toy_maps(features), still(features, candidates))
 
         before, after = (case.read(case.call(asked, case.images)) for asked in (still, oracle))
         for one, other, box, frame in zip(before, after, objects, frames, strict=True):
