@@ -43,6 +43,11 @@ def as_adapter(detector: Any) -> Adapter:
     )
 
 
+def detector_name(adapter: Adapter) -> str:
+    """What to call a detector in a message: the class of the live object."""
+    return type(adapter.detector).__name__
+
+
 def detector_from_spec(spec: str) -> Adapter:
     """The detector that ``--detector`` names.
 

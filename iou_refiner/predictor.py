@@ -59,6 +59,7 @@ class IoUPredictor(nn.Module):
         objective: what the output means, and so how :meth:`iou` maps it to [0, 1]: ``"bce"`` a logit,
             ``"smooth_l1"`` the paper's ``2 IoU - 1``.
         detector: fingerprint of the detector the head belongs to; checked when it is put to use.
+        detector_name: what to call that detector.
         recommended: settings of the :class:`Stage` that measured best with this head, used unless others are given.
 
     Laws: the prediction for a box does not depend on the other boxes; it is continuously differentiable in the box
@@ -80,6 +81,7 @@ class IoUPredictor(nn.Module):
         regress: bool = True,
         objective: str = "bce",
         detector: str = "",
+        detector_name: str = "",
         recommended: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -94,7 +96,8 @@ class IoUPredictor(nn.Module):
         self.channels, self.strides = tuple(map(int, channels)), tuple(map(float, strides))
         self.num_classes, self.width, self.hidden = int(num_classes), int(width), tuple(map(int, hidden))
         self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
-        self.levels, self.objective, self.detector = levels, objective, detector
+        self.levels, self.objective = levels, objective
+        self.detector, self.detector_name = detector, detector_name
         self.regress = bool(regress)
         self.recommended: dict[str, Any] = dict(recommended or {})
 
@@ -253,7 +256,7 @@ class IoUPredictor(nn.Module):
 
     def _settings(self) -> dict[str, object]:
         names: tuple[str, ...] = ("channels", "strides", "num_classes", "width", "hidden", "output_size", "context")
-        names += ("levels", "aligned", "regress", "objective", "detector", "recommended")
+        names += ("levels", "aligned", "regress", "objective", "detector", "detector_name", "recommended")
         return {name: getattr(self, name) for name in names}
 
 

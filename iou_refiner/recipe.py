@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from iou_refiner.coco import GroundTruth
+from iou_refiner.detectors import detector_name
 from iou_refiner.extraction import Adapter, FeatureCache
 from iou_refiner.predictor import IoUPredictor, read_metadata
 from iou_refiner.targets import TrainingSet
@@ -60,7 +61,7 @@ def train_head(
     torch.manual_seed(settings.get("seed", 0))
     predictor = IoUPredictor(
         seen.channels, seen.strides, num_classes=max(training_set.labels) + 1 if class_aware else 0,
-        detector=adapter.fingerprint(), **(head or {}),
+        detector=adapter.fingerprint(), detector_name=detector_name(adapter), **(head or {}),
     )  # fmt: skip
     history = fit(
         predictor.to(device), training_set, val=TrainingSet(store, val[0]) if val else None, output_dir=output_dir,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from iou_refiner.detectors import as_adapter
+from iou_refiner.detectors import as_adapter, detector_name
 from iou_refiner.extraction import Adapter
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.stage import Stage
@@ -48,12 +48,26 @@ class IoURefiner(nn.Module):
             return self.detector(*args, **kwargs)
         return self.adapter.run(self.stage, *args, **kwargs)
 
+    def native(self) -> Any:
+        """The detector with the stage in it, as an object of the framework's own class, for code that asks for one
+        (``inference_detector`` of mmdet). It shares all weights with the detector, which stays as it is.
+
+        Raises:
+            TypeError: the detector has no live object of its own to stand in for.
+        """
+        if self.stage is None:
+            return self.detector
+        if not hasattr(self.adapter, "twin"):
+            raise TypeError(f"{type(self.adapter).__name__} has no `twin`: call the IoURefiner itself.")
+        return self.adapter.twin(self.stage)
+
 
 def check_head(head: IoUPredictor, adapter: Adapter) -> None:
     """Raise ValueError if the head says that it was trained on the features of another detector."""
-    if head.detector and head.detector != adapter.fingerprint():
+    here = adapter.fingerprint()
+    if head.detector and head.detector != here:
         raise ValueError(
-            "The head was trained on a detector with other weights (fingerprint "
-            f"{head.detector[:12]}, this one {adapter.fingerprint()[:12]}): its predictions would mean nothing here. "
-            "Use the detector it was trained on, or train a head for this one."
+            f"The head was trained on the detector {head.detector_name or 'without a name'} {head.detector[:12]}, this "
+            f"one is {detector_name(adapter)} {here[:12]}: its predictions would mean nothing here. Use the detector it "
+            "was trained on, or train a head for this one."
         )
