@@ -161,7 +161,7 @@ def train(
     Parameters
     ----------
     views
-        Views of every image to train on: itself, then random windows, half of them mirrored. The fewer images, the more.
+        Views of every image to train on: itself, then random windows, half of them mirrored. Few images want many.
     lr
         Peak learning rate.
     objective
@@ -263,8 +263,8 @@ def rescore(
     from iou_refiner.detectors import detector_from_spec
     from iou_refiner.nms_trace import suppressed_at
     from iou_refiner.predictor import IoUPredictor
-    from iou_refiner.stage import Stage, check_head
     from iou_refiner.rescoring import rescore as rescored
+    from iou_refiner.stage import Stage, check_head
 
     predictor = IoUPredictor.load(head)
     with console.usage():

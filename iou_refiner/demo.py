@@ -29,8 +29,8 @@ from iou_refiner.extraction import Adapter, Extraction, extract_image
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.ranking import Ranking, ranking, true_iou
 from iou_refiner.recipe import train_head
-from iou_refiner.stage import Stage
 from iou_refiner.rescoring import Look, dump_candidates, rescore
+from iou_refiner.stage import Stage
 
 #: Told of (phase, done, total).
 Progress = Callable[[str, int, int], None]

@@ -91,7 +91,7 @@ def _fill(
         if done == 1:
             size = extraction.nbytes(store.dtype) * total / 1e9
             note(
-                f"Features of {total:,} images{f' (view {view})' if view else ''}: about {size:.2f} GB in {store.folder}"
+                f"Features of {total:,} images{f', view {view}' if view else ''}: about {size:.2f} GB in {store.folder}"
             )
         if progress:
             progress(f"extracting view {view}" if view else "extracting", done, total)

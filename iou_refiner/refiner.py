@@ -68,6 +68,6 @@ def check_head(head: IoUPredictor, adapter: Adapter) -> None:
     if head.detector and head.detector != here:
         raise ValueError(
             f"The head was trained on the detector {head.detector_name or 'without a name'} {head.detector[:12]}, this "
-            f"one is {detector_name(adapter)} {here[:12]}: its predictions would mean nothing here. Use the detector it "
-            "was trained on, or train a head for this one."
+            f"one is {detector_name(adapter)} {here[:12]}: its predictions would mean nothing here. Use the detector "
+            "it was trained on, or train a head for this one."
         )

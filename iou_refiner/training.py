@@ -49,8 +49,8 @@ def fit(
     was stopped and resumed: every epoch draws from a generator of its own.
 
     Args:
-        head: the head to train; its objective chooses the loss (BCE, or the paper's smooth-L1 on ``2 IoU - 1``). Where it
-            regresses, smooth-L1 on the way to the object is added, and always the order of the boxes around one object.
+        head: the head to train; its objective chooses the loss on the IoU (BCE, or the paper's smooth-L1 on
+            ``2 IoU - 1``), beside those on order and, if it regresses, way (:mod:`iou_refiner.losses`).
         train: images to train on.
         val: images to measure on after each epoch.
         epochs: passes over ``train``.
@@ -239,7 +239,8 @@ class _Run:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_whole(self.folder / "metrics.jsonl", lines.encode())
         state = {
-            "head": head.state_dict(), "order": order.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+            "head": head.state_dict(), "order": order.state_dict(), "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
             "history": history, "settings": self.settings,
         }  # fmt: skip
         with replacing(self.folder / "last.pt") as stream:

@@ -13,8 +13,8 @@ from typing import Any
 from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.evaluation import evaluate
 from iou_refiner.predictor import IoUPredictor
-from iou_refiner.stage import Stage
 from iou_refiner.rescoring import Look, dump_candidates, rescore
+from iou_refiner.stage import Stage
 
 # Greedy NMS by class score, nothing moved, nothing rescored: what a detector does by itself.
 _NOTHING: dict[str, Any] = {"nms": "iou", "rank_alpha": 0.0, "score_alpha": 0.0, "moves": 0, "steps": 0}

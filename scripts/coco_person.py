@@ -32,8 +32,8 @@ from iou_refiner.detectors import detector_from_spec
 from iou_refiner.evaluation import evaluate
 from iou_refiner.extraction import FeatureCache, extract_image
 from iou_refiner.predictor import IoUPredictor
-from iou_refiner.stage import Stage
 from iou_refiner.rescoring import dump_candidates, rescore
+from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet, true_iou
 from iou_refiner.training import measure
 

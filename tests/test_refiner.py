@@ -204,8 +204,10 @@ class TestIoURefiner:
 
     def test_the_head_of_another_detector_is_refused(self, scene, head):
         _, _, _, detector, _ = scene
-        head.detector = "0123456789abcdef"
-        with pytest.raises(ValueError, match=r"trained on a detector with other weights \(fingerprint 0123456789ab"):
+        head.detector, head.detector_name = "0123456789abcdef", "FasterRCNN"
+        with pytest.raises(
+            ValueError, match=r"trained on the detector FasterRCNN 0123456789ab, this one is ToyDetector "
+        ):
             IoURefiner(detector, head)
 
     def test_features_of_another_shape_are_refused_in_words(self, scene):
