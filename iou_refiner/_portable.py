@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 # Taps handled at once: bounds the scratch memory, to about 25 bytes a tap, whatever the boxes.
-_CHUNK_TAPS = 2_000_000
+_CHUNK_TAPS = 500_000
 
 
 class _Axis(NamedTuple):
     """The taps along one axis, bin after bin, box after box."""
 
     first: Tensor  # (R * P,) int32, first cell under each bin
-    count: Tensor  # (R * P,) int32, cells under it
+    cells: Tensor  # (R * P,) int32, cells under it
     start: Tensor  # (R * P,) int32, where its taps start
     bin: Tensor  # (A,) int32, the bin each tap belongs to
     cell: Tensor  # (A,) int32
@@ -36,13 +36,20 @@ class _Taps(NamedTuple):
     """Every (bin, cell) pair of a set of boxes, bin by bin, as embedding_bag wants them."""
 
     row: Tensor  # (K,) int32, row of the table
-    weight: Tensor  # (K,) in the dtype of the sum
     start: Tensor  # (R * P * P,) int32, first tap of each bin
     size: Tensor  # (R * P * P,) int32, number of its taps
+    x: Tensor  # (K,) int32, the tap along x
     run: Tensor  # (K,) int32, the run it belongs to: the taps of one bin in one feature row
-    x: Tensor  # (K,) int32, its tap along x
-    run_bin: Tensor  # (runs,) int32, the bin each run belongs to
-    run_y: Tensor  # (runs,) int32, its tap along y
+    run_y: Tensor  # (runs,) int32, the tap along y of each run
+    run_bin: Tensor  # (runs,) int32, the bin it belongs to
+
+    def of_y(self, values: Tensor) -> Tensor:
+        """A value of each tap along y for every tap, (K,)."""
+        return values.index_select(0, self.run_y).index_select(0, self.run)
+
+    def of_x(self, values: Tensor) -> Tensor:
+        """A value of each tap along x for every tap, (K,)."""
+        return values.index_select(0, self.x)
 
 
 def _pieces(axis: _Axis) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -86,7 +93,7 @@ def _ranges(count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from(start: Tensor, owner: Tensor, offset: Tensor) -> Tensor:
-    """Count up from each owner's ``start``: element ``i`` of ``owner`` is the ``i - offset[owner[i]]``-th of its own."""
+    """Count up from each owner's ``start``; element ``i`` is the ``i - offset[owner[i]]``-th of its owner."""
     steps = torch.arange(len(owner), dtype=torch.int32, device=owner.device)
     return (start - offset).index_select(0, owner).add_(steps)
 
@@ -108,7 +115,7 @@ def _axis(low: Tensor, high: Tensor, size: Tensor, bins: int) -> _Axis:
     return _Axis(first, count, start, owner, cell, a, b)
 
 
-def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, bins: int, dtype: torch.dtype) -> _Taps:
+def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, bins: int) -> _Taps:
     """Outer product of the taps of two axes, bin by bin, built from runs of consecutive cells of one feature row."""
 
     def of_bins(axis: Tensor, dim: int) -> Tensor:
@@ -116,7 +123,7 @@ def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, bins: int, dtype: t
         grid = axis.view(-1, bins).unsqueeze(dim)
         return grid.expand(-1, bins, bins).reshape(-1)
 
-    rows, cells = of_bins(y.count, 2), of_bins(x.count, 1)
+    rows, cells = of_bins(y.cells, 2), of_bins(x.cells, 1)
     run_bin, run_start = _ranges(rows * (cells > 0))
     run_y = _from(of_bins(y.start, 2), run_bin, run_start)
     y_box = torch.div(y.bin, bins, rounding_mode="floor")
@@ -124,11 +131,9 @@ def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, bins: int, dtype: t
     run_row = row_start.index_select(0, run_y) + of_bins(x.first, 1).index_select(0, run_bin)
     run, tap_start = _ranges(cells.index_select(0, run_bin))
     tap_x = _from(of_bins(x.start, 1).index_select(0, run_bin), run, tap_start)
-    weight = _weight(x).to(dtype).index_select(0, tap_x)
-    weight *= _weight(y).to(dtype).index_select(0, run_y).index_select(0, run)
     size = rows * cells
     start = size.cumsum(0, dtype=torch.int32) - size
-    return _Taps(_from(run_row, run, tap_start), weight, start, size, run, tap_x, run_bin, run_y)
+    return _Taps(_from(run_row, run, tap_start), start, size, tap_x, run, run_y, run_bin)
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:
@@ -136,16 +141,9 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _chunks(
-    sizes: Tensor,
-    offsets: Tensor,
-    strides: Tensor,
-    boxes: Tensor,
-    map_index: Tensor,
-    bins: int,
-    shift: float,
-    dtype: torch.dtype,
+    sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor, bins: int, shift: float
 ) -> Iterator[tuple[slice, _Axis, _Axis, _Taps]]:
-    """Cut the boxes into pieces of bounded work; yield each with its axes and taps, weights in ``dtype``."""
+    """Cut the boxes into pieces of bounded work; yield each with its axes, y and x, and their taps."""
     if len(map_index) and (int(map_index.min()) < 0 or int(map_index.max()) >= len(sizes)):
         raise IndexError(f"`map_index` must lie in [0, {len(sizes) - 1}].")
     map_index = map_index.long()
@@ -153,8 +151,8 @@ def _chunks(
     offset = offsets.index_select(0, map_index)
     # A box that is not finite is pooled as an empty one here and overwritten with NaN by the caller.
     finite = torch.isfinite(boxes).all(1, keepdim=True)
-    work_dtype = _work_dtype(boxes)
-    cells = torch.where(finite, boxes, 0).to(work_dtype) / strides[map_index, None].to(work_dtype) - shift
+    dtype = _work_dtype(boxes)
+    cells = torch.where(finite, boxes, 0).to(dtype) / strides[map_index, None].to(dtype) - shift
     empty = ((cells[:, 2:] <= cells[:, :2]).any(1)) | ~finite[:, 0]
     cells = torch.where(empty[:, None], 0, cells)
     span = (cells[:, 2:] - cells[:, :2]).clamp(max=float(sizes.max()) if len(sizes) else 0) + 3 * bins
@@ -164,7 +162,7 @@ def _chunks(
         part = slice(begin, end)
         x1, y1, x2, y2 = cells[part].unbind(1)
         y, x = _axis(y1, y2, height[part], bins), _axis(x1, x2, width[part], bins)
-        yield part, y, x, _taps(y, x, offset[part], width[part], bins, dtype)
+        yield part, y, x, _taps(y, x, offset[part], width[part], bins)
 
 
 def _widened(table: Tensor) -> Tensor:
@@ -184,20 +182,12 @@ def forward(
 ) -> Tensor:
     """Pool boxes to (R, output_size, output_size, C) in the dtype of the table."""
     features = _widened(table)
-    shape = (-1, output_size, output_size, table.shape[1])
-    out = features.new_empty(0)
-    for part, _, _, taps in _chunks(
-        sizes, offsets, strides, boxes, map_index, output_size, shift, features.dtype
-    ):
-        bags = torch.embedding_bag(features, taps.row, taps.start, False, 0, False, taps.weight)[0].view(shape)
-        if len(bags) == len(boxes):
-            out = bags  # one piece is the whole: no copy
-        else:
-            out = out if len(out) else bags.new_empty(len(boxes), *shape[1:])
-            out[part] = bags
-    finite = torch.isfinite(boxes).all(1)
-    if not finite.all():
-        out[~finite] = torch.nan
+    out = features.new_empty(len(boxes), output_size, output_size, table.shape[1])
+    for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, output_size, shift):
+        weight = taps.of_x(_weight(x).to(features.dtype)).mul_(taps.of_y(_weight(y).to(features.dtype)))
+        bags = torch.embedding_bag(features, taps.row, taps.start, False, 0, False, weight)[0]
+        out[part] = bags.view(-1, *out.shape[1:])
+    out[~torch.isfinite(boxes).all(1)] = torch.nan
     return out.to(table.dtype)
 
 
@@ -214,29 +204,27 @@ def backward_boxes(
     """Gradient to the boxes (R, 4), in pixels, from ``grad`` (R, P, P, C)."""
     features, bins = _widened(table), grad.shape[1]
     out = torch.zeros_like(boxes)
-    for part, y, x, taps in _chunks(
-        sizes, offsets, strides, boxes, map_index, bins, shift, features.dtype
-    ):
-        bags = grad[part].reshape(-1, grad.shape[3]).to(features.dtype)
-        bag = taps.run_bin.index_select(0, taps.run)
+    for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, bins, shift):
+        upstream = grad[part].reshape(-1, grad.shape[3]).to(features.dtype)
         # The inner product of each tap's feature row with its bin's gradient.
-        inner = torch.ops.aten._embedding_bag_per_sample_weights_backward(bags, features, taps.row, taps.start, bag, 0)
-        wy = _weight(y).to(inner.dtype).index_select(0, taps.run_y).index_select(0, taps.run)
-        wx = _weight(x).to(inner.dtype).index_select(0, taps.x)
-        y_of_tap = taps.run_y.index_select(0, taps.run)
-        out[part, 0::2] = _to_edges(x, (inner * wy), taps.x, bins).to(out.dtype)
-        out[part, 1::2] = _to_edges(y, (inner * wx), y_of_tap, bins).to(out.dtype)
+        inner = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            upstream, features, taps.row, taps.start, taps.run_bin.index_select(0, taps.run), 0
+        )
+        wy, wx = _weight(y).to(inner.dtype), _weight(x).to(inner.dtype)
+        by_x = torch.zeros_like(wx).index_add_(0, taps.x, taps.of_y(wy).mul_(inner))
+        by_run = inner.new_zeros(len(taps.run_y)).index_add_(0, taps.run, taps.of_x(wx).mul_(inner))
+        by_y = torch.zeros_like(wy).index_add_(0, taps.run_y, by_run)
+        out[part, 0::2], out[part, 1::2] = _to_edges(x, by_x, bins), _to_edges(y, by_y, bins)
     out /= strides[map_index.long(), None]
     out[~torch.isfinite(boxes).all(1)] = torch.nan
     return out
 
 
-def _to_edges(axis: _Axis, by_tap: Tensor, index: Tensor, bins: int) -> Tensor:
-    """From the gradient to the weight under each tap to that of the low and high edge of each box, (R, 2)."""
-    by_weight = torch.zeros_like(axis.a).index_add_(0, index, by_tap.to(axis.a.dtype))
+def _to_edges(axis: _Axis, by_weight: Tensor, bins: int) -> Tensor:
+    """From the gradient to each weight of an axis (A,) to that to the low and high edge of each box, (R, 2) float64."""
     box = torch.div(axis.bin, bins, rounding_mode="floor")
-    slopes = [by_weight * slope for slope in _slopes(axis, bins)]
-    return axis.a.new_zeros(len(axis.count) // bins, 2).index_add_(0, box, torch.stack(slopes, 1))
+    slopes = torch.stack(_slopes(axis, bins), 1).mul_(by_weight[:, None])
+    return slopes.new_zeros(len(axis.cells) // bins, 2).index_add_(0, box, slopes)
 
 
 def backward_table(
@@ -252,12 +240,18 @@ def backward_table(
     """Gradient to the table (rows, C)."""
     dtype = torch.float32 if table.dtype.itemsize < 4 else table.dtype
     out = torch.zeros_like(table, dtype=dtype)
-    for part, _, _, taps in _chunks(
-        sizes, offsets, strides, boxes, map_index, grad.shape[1], shift, dtype
-    ):
-        bags = grad[part].reshape(-1, grad.shape[3]).to(dtype)
-        bag = taps.run_bin.index_select(0, taps.run)
+    for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, grad.shape[1], shift):
+        upstream = grad[part].reshape(-1, grad.shape[3]).to(dtype)
         out += torch.ops.aten._embedding_bag_dense_backward(
-            bags, taps.row, bag, taps.size, taps.start, len(table), False, 0, taps.weight, -1
+            upstream,
+            taps.row,
+            taps.run_bin.index_select(0, taps.run),
+            taps.size,
+            taps.start,
+            len(table),
+            False,
+            0,
+            taps.of_x(_weight(x).to(dtype)).mul_(taps.of_y(_weight(y).to(dtype))),
+            -1,
         )
     return out.to(table.dtype)
