@@ -1,8 +1,10 @@
 """PrRoIPool by torch operators alone: the path of the CPU, of MPS, and of CUDA without CuPy.
 
 The three functions at the end share their arguments with :mod:`iou_refiner.kernels`; the mathematics stands in
-:mod:`iou_refiner.pooling`. All bins of all boxes are one ``embedding_bag`` over the rows of the table. Weights are
-computed in float64 and stored in the dtype of the table.
+:mod:`iou_refiner.pooling`. All bins of all boxes are one ``embedding_bag`` over the rows of the table, and what is left
+to do well is the list of its taps. Weights belong to an axis, not to a tap: they are computed once per (bin, cell) of
+each axis, in float64, and multiplied where a row and a column meet. Nothing is padded to the widest box, and what is as
+long as the taps is 32 bits wide.
 """
 
 from __future__ import annotations
@@ -14,59 +16,90 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Taps handled at once: bounds the scratch memory whatever the boxes.
-_CHUNK_TAPS = 4_000_000
+# Taps handled at once: bounds the scratch memory, to about 25 bytes a tap, whatever the boxes.
+_CHUNK_TAPS = 500_000
 
 
 class _Axis(NamedTuple):
-    """The taps of every bin along one axis: so many ``cells`` from ``first``, zero-padded to T."""
+    """The taps along one axis, bin after bin, box after box."""
 
-    first: Tensor  # (R, P) int64
-    cells: Tensor  # (R, P) int64
-    weight: Tensor  # (R, P, T) float64
-    d_low: Tensor  # (R, P, T) derivative of the weight by the low edge of the box, in cells
-    d_high: Tensor  # (R, P, T) and by its high edge
+    first: Tensor  # (R * P,) int32, first cell under each bin
+    cells: Tensor  # (R * P,) int32, cells under it
+    start: Tensor  # (R * P,) int32, where its taps start
+    bin: Tensor  # (A,) int32, the bin each tap belongs to
+    cell: Tensor  # (A,) int32
+    a: Tensor  # (A,) float64, edges of the bin, in cells from the tap's own
+    b: Tensor  # (A,)
 
 
 class _Taps(NamedTuple):
     """Every (bin, cell) pair of a set of boxes, bin by bin, as embedding_bag wants them."""
 
     row: Tensor  # (K,) int32, row of the table
-    weight: Tensor  # (K,) in the dtype of the sum
-    bag: Tensor  # (K,) int32, bin the tap belongs to
     start: Tensor  # (R * P * P,) int32, first tap of each bin
     size: Tensor  # (R * P * P,) int32, number of its taps
-    y: Tensor  # (K,) int64, position in the flattened (R, P, Ty) axis table
-    x: Tensor  # (K,) int64, position in the flattened (R, P, Tx) axis table
+    x: Tensor  # (K,) int32, the tap along x
+    run: Tensor  # (K,) int32, the run it belongs to: the taps of one bin in one feature row
+    run_y: Tensor  # (runs,) int32, the tap along y of each run
+    run_bin: Tensor  # (runs,) int32, the bin it belongs to
+
+    def of_y(self, values: Tensor) -> Tensor:
+        """A value of each tap along y for every tap, (K,)."""
+        return values.index_select(0, self.run_y).index_select(0, self.run)
+
+    def of_x(self, values: Tensor) -> Tensor:
+        """A value of each tap along x for every tap, (K,)."""
+        return values.index_select(0, self.x)
 
 
-def _hat(t: Tensor) -> Tensor:
-    return (1 - t.abs()).clamp(min=0)
+def _pieces(axis: _Axis) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """The two stretches of each bin over which the hat of the cell is linear: share of the bin, middle, slope."""
+    length = axis.b - axis.a
+    for low, high in ((-1, 0), (0, 1)):
+        start, end = axis.a.clamp(low, high), axis.b.clamp(low, high)
+        yield (end - start) / length, (start + end) / 2, -1 if low == 0 else 1
 
 
-def _hat_integral(t: Tensor) -> Tensor:
-    t = t.clamp(-1, 1)
-    return t - t * t.abs() / 2
+def _weight(axis: _Axis) -> Tensor:
+    """Mean of the hat of each tap's cell over its bin, (A,): its values in the middle of each stretch, by their share.
 
-
-def _short_bin(a: Tensor, b: Tensor, length: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and its derivatives by ``a`` and ``b`` of a bin shorter than a cell.
-
-    The general forms subtract near-equal numbers and lose the derivatives of a bin of a millionth of a cell. Within a
-    short bin the hat changes its slope at most once, at ``knot``, and the same integrals are sums of slopes.
+    Differences of its integral would say the same, but lose their digits in a bin of a millionth of a cell.
     """
-    knot = b.floor()
-    before = ((knot - a) / length).clamp(0, 1)  # share of the bin below the knot
-    after = 1 - before
-    rising, peak, falling = ((knot == cell + step).to(a.dtype) for step in (-1, 0, 1))
-    slope_before, slope_after = peak - falling, rising - peak
-    d_a = slope_before * before * (before / 2 + after) + slope_after * after * after / 2
-    d_b = slope_after * after * (after / 2 + before) + slope_before * before * before / 2
-    return _hat(a - cell) + length * d_a, d_a, d_b
+    (left, low, _), (right, high, _) = _pieces(axis)
+    return left * (1 + low) + right * (1 - high)
+
+
+def _slopes(axis: _Axis, bins: int) -> tuple[Tensor, Tensor]:
+    """Derivatives of the weights by the low and the high edge of the box, in cells, (A,) each.
+
+    Moving one end of a bin stretches it about the other: a place moves by its distance from the end that stays.
+    """
+    length = axis.b - axis.a
+    by_a, by_b = torch.zeros_like(length), torch.zeros_like(length)
+    for share, middle, slope in _pieces(axis):
+        by_a += slope * share * (axis.b - middle) / length
+        by_b += slope * share * (middle - axis.a) / length
+    # a = low (1 - p/P) + high p/P, b likewise with p + 1: the chain rule to the edges of the box.
+    at_a = (axis.bin % bins).to(length.dtype) / bins
+    at_b = at_a + 1 / bins
+    return by_a * (1 - at_a) + by_b * (1 - at_b), by_a * at_a + by_b * at_b
+
+
+def _ranges(count: Tensor) -> tuple[Tensor, Tensor]:
+    """Expand counts: the owner of every element and the first element of every owner, int32 both."""
+    ends = count.cumsum(0, dtype=torch.int32)
+    total = int(ends[-1]) if len(ends) else 0
+    return torch.repeat_interleave(count, output_size=total), ends - count
+
+
+def _from(start: Tensor, owner: Tensor, offset: Tensor) -> Tensor:
+    """Count up from each owner's ``start``; element ``i`` is the ``i - offset[owner[i]]``-th of its owner."""
+    steps = torch.arange(len(owner), dtype=torch.int32, device=owner.device)
+    return (start - offset).index_select(0, owner).add_(steps)
 
 
 def _axis(low: Tensor, high: Tensor, size: Tensor, bins: int) -> _Axis:
-    """Weights along one axis for boxes ``[low, high]`` (R,) in cells on maps of ``size`` (R,) cells."""
+    """Taps along one axis for boxes ``[low, high]`` (R,) in cells on maps of ``size`` (R,) cells."""
     fraction = torch.arange(bins + 1, dtype=low.dtype, device=low.device) / bins
     # Two-sided form: exact at both ends, so the last bin ends at the box's own edge.
     edges = low[:, None] * (1 - fraction) + high[:, None] * fraction  # (R, P + 1)
@@ -74,61 +107,33 @@ def _axis(low: Tensor, high: Tensor, size: Tensor, bins: int) -> _Axis:
     # Clipped to the map while still floating point: a diverged box has no taps, not a wrapped integer.
     first = torch.minimum(a.floor().clamp(min=0), size[:, None])
     last = torch.minimum(b.ceil(), size[:, None] - 1)
-    count = ((last - first + 1).clamp(min=0) * (b > a)).long()  # (R, P)
-    width = int(count.max()) if count.numel() else 0
-    step = torch.arange(width, device=low.device)
-    cell = first[..., None] + step  # (R, P, T)
-    used = step < count[..., None]
-    length = torch.where(b > a, b - a, 1.0)[..., None]
-    a, b = a[..., None], b[..., None]
-    weight = (_hat_integral(b - cell) - _hat_integral(a - cell)) / length
-    d_a, d_b = (weight - _hat(a - cell)) / length, (_hat(b - cell) - weight) / length
-    short = length < 0.5
-    exact = _short_bin(a, b, length, cell)
-    weight, d_a, d_b = (torch.where(short, one, other) for one, other in zip(exact, (weight, d_a, d_b), strict=True))
-    # a = low (1 - p/P) + high p/P, b likewise with p + 1: the chain rule to the edges of the box.
-    at_a, at_b = fraction[:-1, None], fraction[1:, None]
-    d_low = d_a * (1 - at_a) + d_b * (1 - at_b)
-    d_high = d_a * at_a + d_b * at_b
-    return _Axis(first.long(), count, *(torch.where(used, values, 0.0) for values in (weight, d_low, d_high)))
+    count = ((last - first + 1).clamp(min=0) * (b > a)).int().flatten()
+    first = first.int().flatten()
+    owner, start = _ranges(count)
+    cell = _from(first, owner, start)
+    a, b = (edge.flatten().index_select(0, owner) - cell for edge in (a, b))
+    return _Axis(first, count, start, owner, cell, a, b)
 
 
-def _ranges(count: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Expand counts: the owner of every element, the first element of every owner, and the total."""
-    total = int(count.sum())
-    owner = torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=total)
-    return owner, count.cumsum(0) - count, total
-
-
-def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, dtype: torch.dtype) -> _Taps:
+def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, bins: int) -> _Taps:
     """Outer product of the taps of two axes, bin by bin, built from runs of consecutive cells of one feature row."""
-    boxes, bins = y.cells.shape
-    rows_per_bin = y.cells[:, :, None].expand(-1, -1, bins).reshape(-1)  # (R * P * P,)
-    cells_per_row = x.cells[:, None, :].expand(-1, bins, -1).reshape(-1)
-    index = torch.arange(boxes * bins, device=offset.device).view(boxes, bins)
-    y_table = (index * y.weight.shape[2])[:, :, None].expand(-1, -1, bins).reshape(-1)
-    x_table = (index * x.weight.shape[2])[:, None, :].expand(-1, bins, -1).reshape(-1)
-    first_row = offset[:, None, None] + y.first[:, :, None] * width[:, None, None] + x.first[:, None, :]
-    run_bag, run_start, _ = _ranges(rows_per_bin * (cells_per_row > 0))  # one run = one feature row under one bin
-    ky = torch.arange(len(run_bag), device=offset.device) - run_start.index_select(0, run_bag)
-    run_width = width[:, None].expand(-1, bins * bins).reshape(-1).index_select(0, run_bag)
-    run_row = first_row.reshape(-1).index_select(0, run_bag) + ky * run_width
-    run_y = y_table.index_select(0, run_bag) + ky
-    run_wy = y.weight.reshape(-1).index_select(0, run_y)
-    run, tap_start, total = _ranges(cells_per_row.index_select(0, run_bag))
-    tap = torch.arange(total, device=offset.device)
-    x_index = (x_table.index_select(0, run_bag) - tap_start).index_select(0, run) + tap
-    weight = run_wy.index_select(0, run) * x.weight.reshape(-1).index_select(0, x_index)
-    size = rows_per_bin * cells_per_row
-    return _Taps(
-        row=((run_row - tap_start).index_select(0, run) + tap).int(),
-        weight=weight.to(dtype),
-        bag=run_bag.index_select(0, run).int(),
-        start=(size.cumsum(0) - size).int(),
-        size=size.int(),
-        y=run_y.index_select(0, run),
-        x=x_index,
-    )
+
+    def of_bins(axis: Tensor, dim: int) -> Tensor:
+        """A value of each bin of one axis (R * P,) for each bin of the box (R * P * P,)."""
+        grid = axis.view(-1, bins).unsqueeze(dim)
+        return grid.expand(-1, bins, bins).reshape(-1)
+
+    rows, cells = of_bins(y.cells, 2), of_bins(x.cells, 1)
+    run_bin, run_start = _ranges(rows * (cells > 0))
+    run_y = _from(of_bins(y.start, 2), run_bin, run_start)
+    y_box = torch.div(y.bin, bins, rounding_mode="floor")
+    row_start = (offset.index_select(0, y_box) + y.cell * width.index_select(0, y_box)).int()  # of the feature row
+    run_row = row_start.index_select(0, run_y) + of_bins(x.first, 1).index_select(0, run_bin)
+    run, tap_start = _ranges(cells.index_select(0, run_bin))
+    tap_x = _from(of_bins(x.start, 1).index_select(0, run_bin), run, tap_start)
+    size = rows * cells
+    start = size.cumsum(0, dtype=torch.int32) - size
+    return _Taps(_from(run_row, run, tap_start), start, size, tap_x, run, run_y, run_bin)
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:
@@ -137,12 +142,13 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
 
 def _chunks(
     sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor, bins: int, shift: float
-) -> Iterator[tuple[slice, _Axis, _Axis, Tensor, Tensor]]:
-    """Cut the boxes into pieces of bounded work; yield each with its axes, row offsets and map widths."""
+) -> Iterator[tuple[slice, _Axis, _Axis, _Taps]]:
+    """Cut the boxes into pieces of bounded work; yield each with its axes, y and x, and their taps."""
     if len(map_index) and (int(map_index.min()) < 0 or int(map_index.max()) >= len(sizes)):
         raise IndexError(f"`map_index` must lie in [0, {len(sizes) - 1}].")
     map_index = map_index.long()
-    height, width = sizes.long()[map_index].unbind(1)
+    height, width = sizes.index_select(0, map_index).unbind(1)
+    offset = offsets.index_select(0, map_index)
     # A box that is not finite is pooled as an empty one here and overwritten with NaN by the caller.
     finite = torch.isfinite(boxes).all(1, keepdim=True)
     dtype = _work_dtype(boxes)
@@ -150,15 +156,18 @@ def _chunks(
     empty = ((cells[:, 2:] <= cells[:, :2]).any(1)) | ~finite[:, 0]
     cells = torch.where(empty[:, None], 0, cells)
     span = (cells[:, 2:] - cells[:, :2]).clamp(max=float(sizes.max()) if len(sizes) else 0) + 3 * bins
-    work = span.prod(1).cumsum(0)
-    piece = (work / _CHUNK_TAPS).long()
+    piece = (span.prod(1).cumsum(0) / _CHUNK_TAPS).long()
     bounds = [0, *(torch.nonzero(piece.diff()).flatten() + 1).tolist(), len(boxes)]
     for begin, end in pairwise(bounds):
         part = slice(begin, end)
         x1, y1, x2, y2 = cells[part].unbind(1)
-        y = _axis(y1, y2, height[part], bins)
-        x = _axis(x1, x2, width[part], bins)
-        yield part, y, x, offsets[map_index[part]], width[part]
+        y, x = _axis(y1, y2, height[part], bins), _axis(x1, x2, width[part], bins)
+        yield part, y, x, _taps(y, x, offset[part], width[part], bins)
+
+
+def _widened(table: Tensor) -> Tensor:
+    """embedding_bag wants weights of the table's dtype: half features are widened rather than weights rounded."""
+    return table.float() if table.dtype.itemsize < 4 else table
 
 
 def forward(
@@ -172,13 +181,12 @@ def forward(
     shift: float,
 ) -> Tensor:
     """Pool boxes to (R, output_size, output_size, C) in the dtype of the table."""
-    # embedding_bag wants weights of the table's dtype: half features are widened rather than weights rounded.
-    features = table.float() if table.dtype.itemsize < 4 else table
-    out = features.new_zeros(len(boxes), output_size, output_size, table.shape[1])
-    for part, y, x, offset, width in _chunks(sizes, offsets, strides, boxes, map_index, output_size, shift):
-        taps = _taps(y, x, offset, width, features.dtype)
-        bags = torch.embedding_bag(features, taps.row, taps.start, False, 0, False, taps.weight)[0]
-        out[part] = bags.view(-1, output_size, output_size, table.shape[1])
+    features = _widened(table)
+    out = features.new_empty(len(boxes), output_size, output_size, table.shape[1])
+    for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, output_size, shift):
+        weight = taps.of_x(_weight(x).to(features.dtype)).mul_(taps.of_y(_weight(y).to(features.dtype)))
+        bags = torch.embedding_bag(features, taps.row, taps.start, False, 0, False, weight)[0]
+        out[part] = bags.view(-1, *out.shape[1:])
     out[~torch.isfinite(boxes).all(1)] = torch.nan
     return out.to(table.dtype)
 
@@ -194,23 +202,29 @@ def backward_boxes(
     shift: float,
 ) -> Tensor:
     """Gradient to the boxes (R, 4), in pixels, from ``grad`` (R, P, P, C)."""
-    features = table.float() if table.dtype.itemsize < 4 else table
+    features, bins = _widened(table), grad.shape[1]
     out = torch.zeros_like(boxes)
-    for part, y, x, offset, width in _chunks(sizes, offsets, strides, boxes, map_index, grad.shape[1], shift):
-        taps = _taps(y, x, offset, width, features.dtype)
-        bags = grad[part].reshape(-1, grad.shape[3]).to(features.dtype)
+    for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, bins, shift):
+        upstream = grad[part].reshape(-1, grad.shape[3]).to(features.dtype)
         # The inner product of each tap's feature row with its bin's gradient.
         inner = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            bags, features, taps.row, taps.start, taps.bag, 0
+            upstream, features, taps.row, taps.start, taps.run_bin.index_select(0, taps.run), 0
         )
-        wy, wx = y.weight.reshape(-1), x.weight.reshape(-1)
-        by_y = torch.zeros_like(wy).index_add_(0, taps.y, inner * wx.index_select(0, taps.x)).view_as(y.weight)
-        by_x = torch.zeros_like(wx).index_add_(0, taps.x, inner * wy.index_select(0, taps.y)).view_as(x.weight)
-        gradient = [by_x * x.d_low, by_y * y.d_low, by_x * x.d_high, by_y * y.d_high]
-        out[part] = torch.stack([g.sum((1, 2)) for g in gradient], 1).to(out.dtype)
+        wy, wx = _weight(y).to(inner.dtype), _weight(x).to(inner.dtype)
+        by_x = torch.zeros_like(wx).index_add_(0, taps.x, taps.of_y(wy).mul_(inner))
+        by_run = inner.new_zeros(len(taps.run_y)).index_add_(0, taps.run, taps.of_x(wx).mul_(inner))
+        by_y = torch.zeros_like(wy).index_add_(0, taps.run_y, by_run)
+        out[part, 0::2], out[part, 1::2] = _to_edges(x, by_x, bins), _to_edges(y, by_y, bins)
     out /= strides[map_index.long(), None]
     out[~torch.isfinite(boxes).all(1)] = torch.nan
     return out
+
+
+def _to_edges(axis: _Axis, by_weight: Tensor, bins: int) -> Tensor:
+    """From the gradient to each weight of an axis (A,) to that to the low and high edge of each box, (R, 2) float64."""
+    box = torch.div(axis.bin, bins, rounding_mode="floor")
+    slopes = torch.stack(_slopes(axis, bins), 1).mul_(by_weight[:, None])
+    return slopes.new_zeros(len(axis.cells) // bins, 2).index_add_(0, box, slopes)
 
 
 def backward_table(
@@ -226,10 +240,18 @@ def backward_table(
     """Gradient to the table (rows, C)."""
     dtype = torch.float32 if table.dtype.itemsize < 4 else table.dtype
     out = torch.zeros_like(table, dtype=dtype)
-    for part, y, x, offset, width in _chunks(sizes, offsets, strides, boxes, map_index, grad.shape[1], shift):
-        taps = _taps(y, x, offset, width, dtype)
-        bags = grad[part].reshape(-1, grad.shape[3]).to(dtype)
+    for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, grad.shape[1], shift):
+        upstream = grad[part].reshape(-1, grad.shape[3]).to(dtype)
         out += torch.ops.aten._embedding_bag_dense_backward(
-            bags, taps.row, taps.bag, taps.size, taps.start, len(table), False, 0, taps.weight, -1
+            upstream,
+            taps.row,
+            taps.run_bin.index_select(0, taps.run),
+            taps.size,
+            taps.start,
+            len(table),
+            False,
+            0,
+            taps.of_x(_weight(x).to(dtype)).mul_(taps.of_y(_weight(y).to(dtype))),
+            -1,
         )
     return out.to(table.dtype)

@@ -16,26 +16,27 @@ MAX_LOG_SCALE = 4.0
 
 def box_area(boxes: Tensor) -> Tensor:
     """Area of each box, (N,); 0 for empty and inverted boxes. ``boxes``: (N, 4) xyxy."""
-    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).unbind(1)
-    return width * height
-
-
-def _iou(top_left: Tensor, bottom_right: Tensor, area_a: Tensor, area_b: Tensor) -> Tensor:
-    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
-    union = area_a + area_b - intersection
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of row ``i`` of ``a`` with row ``i`` of ``b``: two (N, 4) xyxy to (N,) in [0, 1]. Empty boxes give 0."""
-    return _iou(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]), box_area(a), box_area(b))
+    return _iou(a.unbind(1), b.unbind(1), box_area(a), box_area(b))
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of every row of ``a`` with every row of ``b``: (N, 4), (M, 4) xyxy to (N, M) in [0, 1]."""
-    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])  # (N, M, 2)
-    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])  # (N, M, 2)
-    return _iou(top_left, bottom_right, box_area(a)[:, None], box_area(b)[None, :])
+    return _iou(a[:, None].unbind(2), b[None].unbind(2), box_area(a)[:, None], box_area(b)[None])
+
+
+def _iou(a: tuple[Tensor, ...], b: tuple[Tensor, ...], area_a: Tensor, area_b: Tensor) -> Tensor:
+    """IoU from the four coordinates of boxes and their areas, whatever shapes broadcast."""
+    width = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)
+    height = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
+    intersection = width * height
+    union = area_a + area_b - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -211,20 +211,46 @@ def test_soft_nms_on_crowded_boxes() -> None:
 # ---- Size. ----
 
 
-@settings(max_examples=30)
-@given(seed=st.integers(0, 10**6), count=st.integers(1, 60), chunk=st.sampled_from([1, 7, 100]))
-def test_the_sweep_finds_every_overlapping_pair_in_any_pieces(seed: int, count: int, chunk: int) -> None:
-    boxes, _, _, labels = clusters(count, seed)
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 60), budget=st.sampled_from([1, 7, 100]), threshold=_threshold)
+def test_deciding_a_few_boxes_at_a_time_changes_nothing(seed: int, count: int, budget: int, threshold: float) -> None:
+    boxes, scores, ious, labels = clusters(count, seed)
     rows = [tuple(box) for box in boxes.tolist()]
-    expected = {
-        (a, b) for a in range(count) for b in range(a) if labels[a] == labels[b] and box_iou(rows[a], rows[b]) > 0.2
-    }
+    expected = iou_guided_nms_reference(rows, scores.tolist(), ious.tolist(), labels.tolist(), threshold)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nms_module, "_CHUNK_PAIRS", chunk)
-        first, second, iou = nms_module._overlapping_pairs(boxes, labels, 0.2)
-    assert len(first) == len(expected)
-    assert {(max(p), min(p)) for p in zip(first.tolist(), second.tolist(), strict=True)} == expected
-    torch.testing.assert_close(iou, paired_iou(boxes[first].double(), boxes[second].double()))
+        patch.setattr(nms_module, "_CHUNK_PAIRS", budget)
+        keep, merged = iou_guided_nms(boxes, scores, ious, labels, threshold=threshold)
+    assert list(zip(keep.tolist(), merged.tolist(), strict=True)) == expected
+
+
+@settings(max_examples=100)
+@given(rows=st.lists(_row, min_size=1, max_size=20), threshold=_threshold)
+def test_every_partner_lies_in_the_window(rows: list[Any], threshold: float) -> None:
+    boxes, _, _, labels = columns(rows)
+    order, begin, end = (part.tolist() for part in nms_module._windows(boxes, labels, threshold))
+    for place, row in enumerate(order):
+        partners = {
+            other
+            for other in range(len(boxes))
+            if labels[other] == labels[row]
+            and box_iou(tuple(boxes[row].tolist()), tuple(boxes[other].tolist())) > threshold
+        }
+        assert partners <= set(order[begin[place] : end[place]])
+
+
+def test_equal_boxes_are_not_all_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: list[int] = []
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        tested.append(len(a))
+        return paired_iou(a, b)
+
+    monkeypatch.setattr(nms_module, "paired_iou", watched)
+    boxes, ranks = torch.tensor([[3.0, 4, 50, 60]]).repeat(20_000, 1), torch.linspace(0, 1, 20_000)
+    keep, merged = iou_guided_nms(boxes, ranks.flip(0), ranks)
+    assert keep.tolist() == [19_999]
+    assert merged.tolist() == [1.0]
+    assert sum(tested) <= 10 * 20_000
 
 
 def test_twenty_thousand_scattered_boxes_need_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
