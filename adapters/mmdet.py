@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from iou_refiner import DataError, Detections, FeatureMaps, Frame, fingerprint
 from iou_refiner.adapters._mmdet_library import check_kind, classes, library, load
+from iou_refiner.coco_data import COCO_IDS
 from iou_refiner.extraction import Suppression
-
-# The official category ids of COCO's 80 classes are 1 to 90 without these.
-_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
 class MmdetAdapter:
@@ -43,7 +41,7 @@ class MmdetAdapter:
         check_kind(detector)
         self.detector: Any = detector
         if category_ids is None and classes(detector) == library("mmdet.evaluation").get_classes("coco"):
-            category_ids = dict(enumerate(sorted(set(range(1, 91)) - _COCO_GAPS)))
+            category_ids = dict(enumerate(COCO_IDS))
         self.category_ids: dict[int, int] | None = None if category_ids is None else dict(category_ids)
 
     @classmethod
@@ -126,6 +124,12 @@ class MmdetAdapter:
         """
         with torch.no_grad():
             results: list[Any] = self.twin(stage).test_step(_collated(data))
+        return results
+
+    def answer(self, data: Any) -> list[Any]:
+        """The detector's own ``test_step``, untouched; ``data`` as in :meth:`run`."""
+        with torch.no_grad():
+            results: list[Any] = self.detector.test_step(_collated(data))
         return results
 
     def extract(self, images: Any) -> tuple[FeatureMaps, list[Detections], list[Frame]]:

@@ -31,6 +31,10 @@ Suppression = Callable[[FeatureMaps, list[Detections]], list[Detections]]
 class Adapter(Protocol):
     """What the core needs of a detector framework.
 
+    Two more methods are optional. ``twin(stage)`` gives an object of the framework's own class whose suppression is
+    ``stage``, where a detector is a live object. ``answer(*args)`` is the detector's own call with the arguments of
+    :meth:`run`, where that is not ``detector(*args)``.
+
     Attributes:
         category_ids: dataset category id of each label, or None where labels are category ids already.
     """

@@ -45,7 +45,7 @@ class IoURefiner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the detector's own call; boxes, scores and labels are the stage's."""
         if self.stage is None or getattr(self.detector, "training", False):
-            return self.detector(*args, **kwargs)
+            return getattr(self.adapter, "answer", self.detector)(*args, **kwargs)
         return self.adapter.run(self.stage, *args, **kwargs)
 
     def native(self) -> Any:

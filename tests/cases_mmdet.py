@@ -200,9 +200,7 @@ class MmdetCase(Case):
 
         data = pseudo_collate(images)
         with torch.no_grad():
-            if isinstance(detector, IoURefiner):  # without a head: the detector's own forward, as `test_step` calls it
-                return detector(**self.adapter.detector.data_preprocessor(data), mode="predict")
-            return detector.test_step(data)
+            return detector(data) if isinstance(detector, IoURefiner) else detector.test_step(data)
 
     def own_suppression(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         from mmcv.ops import batched_nms
