@@ -272,6 +272,7 @@ class TestContract:
         torch.manual_seed(0)
         head = IoUPredictor(features.channels, features.strides, width=4, hidden=(16,), output_size=3)
         nn.init.normal_(head.output.weight, std=1.0)  # so that predictions differ and boxes move
+        nn.init.normal_(head.delta.weight, std=1.0)
         head.detector = case.adapter.fingerprint()
         refined = IoURefiner(case.adapter, head)
         found = []
