@@ -161,7 +161,7 @@ def train(
     Parameters
     ----------
     views
-        Views of every image to train on: itself, then random windows, half of them mirrored. Few images want many.
+        Views of every image to train on: itself, its mirror image, then random windows. Few images want many.
     lr
         Peak learning rate.
     objective

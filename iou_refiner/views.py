@@ -1,4 +1,4 @@
-"""Views of an image to train on: the image itself, then windows of it at random places, half of them mirrored.
+"""Views of an image to train on: the image itself, its mirror image, then windows of it at random places.
 
 A frozen detector's features of one image are always the same, and a head soon knows them by heart. What the detector
 sees in another window of the image it sees at another scale, at other cells and among other context: on few images
@@ -35,10 +35,11 @@ class View:
 
     @classmethod
     def of(cls, image_id: int, size: tuple[int, int], number: int) -> View:
-        """View ``number`` of an image of ``size`` (height, width) pixels: 0 is the image itself."""
+        """View ``number`` of an image of ``size`` (height, width) pixels: 0 the image itself, 1 its mirror image, from 2
+        on random windows, half of them mirrored."""
         height, width = size
-        if number == 0:
-            return cls(0, 0, width, height)
+        if number < 2:
+            return cls(0, 0, width, height, mirrored=number == 1)
         random = np.random.default_rng([abs(image_id), number])
         side, stretch = random.uniform(*_SIDE), np.exp(random.uniform(-_STRETCH, _STRETCH))
         inner_width = max(1, min(width, round(width * side * stretch)))

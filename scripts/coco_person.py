@@ -27,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from iou_refiner.bootstrap import compare
+from iou_refiner.boxes import clip_boxes
 from iou_refiner.coco import GroundTruth, Results, read_ground_truth
+from iou_refiner.data import Detections, FeatureMaps
 from iou_refiner.detectors import detector_from_spec
 from iou_refiner.evaluation import evaluate
 from iou_refiner.extraction import FeatureCache, extract_image
@@ -46,20 +48,21 @@ METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 def variants(own: float, alpha: float, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of the stage for each row."""
     # Named in full: what is left out would be what the head recommends.
-    keep = {"nms": "greedy", "nms_threshold": own, "steps": 0, "margin": 0.0, "score_alpha": 0.0}
+    keep = {"nms": "greedy", "nms_threshold": own, "moves": 0, "steps": 0, "margin": 0.0, "score_alpha": 0.0}
     guided = {"nms": "iou", "nms_threshold": settings["nms_threshold"], "rank_alpha": settings["rank_alpha"]}
     ascent = {"steps": settings["steps"], "step_size": settings["step_size"], "margin": settings["margin"]}
+    moving = {"moves": 1}
     rescoring = {"score_alpha": alpha}
     return {
         "detector": keep,
         "Soft-NMS": keep | {"nms": "soft"},
         "rescoring": keep | rescoring,
         "IoU-guided NMS": keep | guided,
-        "refinement": keep | ascent,
-        "IoU-guided NMS + refinement": keep | guided | ascent,
-        "rescoring + refinement": keep | rescoring | ascent,
+        "ascent": keep | ascent,
+        "judged regression": keep | moving,
         "rescoring + IoU-guided NMS": keep | rescoring | guided,
-        "all three": keep | rescoring | guided | ascent,
+        "the same + ascent": keep | rescoring | guided | ascent,
+        "the same + judged regression": keep | rescoring | guided | moving,
     }
 
 
@@ -75,6 +78,20 @@ class Bench:
         self.look = lambda image: self.cache.load(image.id)
         self.candidates = Results.concat(dump_candidates(self.look, self.adapter.category_ids, self.truth))
         self.head = IoUPredictor.load(head)
+
+    def regressor(self, own: float, steps: int) -> Results:
+        """A regressor in the manner of RefineBox: greedy NMS by class score, then so many steps, taken unasked."""
+        unmoved = Stage(self.head, nms="greedy", nms_threshold=own, moves=0, steps=0, score_alpha=0.0)
+
+        def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+            (kept,) = unmoved(features, candidates)
+            pyramid, size = self.head.encode(features), features.image_sizes[0]
+            for _ in range(steps):
+                moved = self.head.move(pyramid, kept.boxes, torch.zeros_like(kept.labels))
+                kept = kept.replace(boxes=clip_boxes(moved, size))
+            return [kept]
+
+        return Results.concat(rescore(self.look, self.adapter.category_ids, stage, self.candidates, self.truth))
 
     def run(self, **settings: Any) -> tuple[Results, Stage]:
         """The results of one setting of the stage."""
@@ -98,7 +115,7 @@ class Bench:
         """Of the detections that fit an object (true IoU > 0.5) and were moved: the share that fits it less."""
         data = TrainingSet(self.cache, self.truth)
         pairs = []
-        still, moving = Stage(self.head, **settings | {"steps": 0}), Stage(self.head, **settings)
+        still, moving = Stage(self.head, **settings | {"moves": 0, "steps": 0}), Stage(self.head, **settings)
         for index in range(len(data)):
             extraction, objects = data.load(index)
             given = extraction.candidates
@@ -120,8 +137,8 @@ class Bench:
 
 def tune(bench: Bench, own: float) -> Iterator[tuple[str, dict[str, float]]]:
     """AP over one setting at a time, on val."""
-    plain: dict[str, Any] = {"nms": "greedy", "nms_threshold": own, "steps": 0, "score_alpha": 0.0}
-    guided = {"nms": "iou", "steps": 0, "score_alpha": 0.0}
+    plain: dict[str, Any] = {"nms": "greedy", "nms_threshold": own, "moves": 0, "steps": 0, "score_alpha": 0.0}
+    guided = {"nms": "iou", "moves": 0, "steps": 0, "score_alpha": 0.0}
     rows = [plain] + [plain | {"score_alpha": alpha} for alpha in (0.3, 0.5, 0.7)]
     rows += [guided | {"nms_threshold": 0.5, "rank_alpha": alpha} for alpha in (0.25, 0.5, 0.75, 1.0)]
     rows += [guided | {"nms_threshold": threshold, "rank_alpha": 0.5} for threshold in (0.4, 0.6, 0.65)]
@@ -158,14 +175,20 @@ def main() -> None:
     if bench.head.recommended:
         rows["as chosen on val"] = bench.head.recommended
     if options.seconds:
-        detector, stage = bench.seconds(rows["all three"])
+        detector, stage = bench.seconds(rows["the same + judged regression"])
         console.print(f"median seconds an image: detector {detector:.3f}, stage {stage:.3f}")
         return
     table = Table("", *METRICS, "AP: difference [95 %]", "AP50", "AP90", title=f"{options.detector}, {options.split}")
     record: dict[str, Any] = {"settings": chosen | {"score_alpha": options.alpha, "own_nms": own}, "rows": {}}
     before, _ = bench.run(**rows["detector"])
+    found: dict[str, tuple[Results, str]] = {}
     for name, settings in rows.items():
         after, stage = bench.run(**settings)
+        found[name] = after, str(stage.summary)
+    if bench.head.regress:
+        for steps in (1, 3):
+            found[f"regressor, {steps} unjudged step{'s' * (steps > 1)}"] = bench.regressor(own, steps), ""
+    for name, (after, summary) in found.items():
         comparison = compare(before, after, bench.truth)
         values = [f"{100 * comparison.after.metrics[m]:.1f}" for m in METRICS]
         differences = [
@@ -174,11 +197,12 @@ def main() -> None:
             for low, high in [comparison.intervals[m]]
         ]
         table.add_row(name, *values, *differences)
-        record["rows"][name] = comparison.to_dict() | {"summary": str(stage.summary)}
+        record["rows"][name] = comparison.to_dict() | {"summary": summary}
     console.print(table)
     record["ranking"] = measure(bench.head, TrainingSet(bench.cache, bench.truth))
-    record["refinement"] = bench.made_worse(rows["refinement"])
-    for part in ("ranking", "refinement"):
+    record["ascent"] = bench.made_worse(rows["ascent"])
+    record["judged regression"] = bench.made_worse(rows["judged regression"])
+    for part in ("ranking", "ascent", "judged regression"):
         console.print(part, {name: round(value, 4) for name, value in record[part].items()})
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -28,7 +28,7 @@ def toy(tmp_path_factory):
     path, detector = make_dataset(folder, 12)
     truth = read_ground_truth(path)
     cache = FeatureCache(folder / "cache", detector)
-    for view in (0, 1):
+    for view in range(3):
         list(cache.fill(folder, truth.images, view=view))
     return folder, truth, detector, cache
 
@@ -101,11 +101,11 @@ class TestTargets:
     def test_views_come_with_their_own_objects(self, toy):
         """The pixels under the objects of every view are the bright ones, and those beside them are not."""
         _, truth, _, cache = toy
-        data = TrainingSet(cache, truth, views=2)
-        assert len(data) == 2 * len(truth.images)
+        data = TrainingSet(cache, truth, views=3)
+        assert len(data) == 3 * len(truth.images)
         objects = 0
         for index in range(len(truth.images), len(data)):
-            assert data.items[index] == (truth.images[index - len(truth.images)], 1)
+            assert data.items[index] == (truth.images[index % len(truth.images)], index // len(truth.images))
             extraction, seen = data.load(index)
             bright = extraction.features.levels[0][0, 0] > 0.8
             for x1, y1, x2, y2 in seen.boxes.tolist():
@@ -116,7 +116,7 @@ class TestTargets:
             for x1, y1, x2, y2 in seen.crowds.tolist():  # what is mostly cut off
                 bright[int(y1) : math.ceil(y2) + 1, int(x1) : math.ceil(x2) + 1] = False
             assert bright.sum() == 0
-        assert objects > len(truth.images) / 2
+        assert objects > 1.5 * len(truth.images)
 
     def test_crowds_are_not_judged(self, toy):
         _, truth, _, cache = toy

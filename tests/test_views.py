@@ -19,9 +19,10 @@ def test_windows_lie_in_the_image_and_depend_on_image_and_number_alone(image_id,
     assert 0 <= view.top < view.top + view.height <= height
 
 
-def test_view_0_is_the_image_and_the_others_differ():
+def test_first_the_image_then_its_mirror_image_then_windows_that_differ():
     assert View.of(7, (50, 80), 0) == View(0, 0, 80, 50)
-    views = {View.of(image_id, (50, 80), number) for image_id in range(30) for number in range(1, 5)}
+    assert View.of(7, (50, 80), 1) == View(0, 0, 80, 50, mirrored=True)
+    views = {View.of(image_id, (50, 80), number) for image_id in range(30) for number in range(2, 6)}
     assert len(views) > 110
     assert 0.35 < np.mean([view.mirrored for view in views]) < 0.65
 
