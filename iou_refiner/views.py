@@ -35,8 +35,10 @@ class View:
 
     @classmethod
     def of(cls, image_id: int, size: tuple[int, int], number: int) -> View:
-        """View ``number`` of an image of ``size`` (height, width) pixels: 0 the image itself, 1 its mirror image, from 2
-        on random windows, half of them mirrored."""
+        """View ``number`` of an image of ``size`` (height, width) pixels.
+
+        0 is the image itself, 1 its mirror image; from 2 on come random windows, half of them mirrored.
+        """
         height, width = size
         if number < 2:
             return cls(0, 0, width, height, mirrored=number == 1)

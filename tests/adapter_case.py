@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IOU_REFINER_SHARED", ROOT.parent / "shared"))
 
 
+#: Every case built in this run, by name.
+MEASURED: dict[str, Case] = {}
+
+
 class Case:
     """An adapter with images as its detector takes them, and the detector's own suppression as a stage.
 
@@ -28,9 +32,14 @@ class Case:
 
     #: Largest difference from the detector's own result, in pixels and scores; 0 is bit for bit.
     tolerance = 0.0
+    #: What of the framework the adapter replaces, for the table at the end of the run.
+    replaced = "postprocess_detections"
+    #: The distribution the framework comes in, and what was measured of this case.
+    package, measured = "torchvision", {}
 
     def __init__(self, adapter: Any, rgb: list[np.ndarray]):
         self.adapter, self.rgb = adapter, rgb
+        self.measured = {}
         self.images = [adapter.prepare(pixels)[0] for pixels in rgb]
 
     def ask(self, detector: Any, images: Any) -> Any:
@@ -74,6 +83,16 @@ class Case:
         """From here on the detector has no candidates."""
         own = getattr(self.adapter.detector, "roi_heads", self.adapter.detector)
         monkeypatch.setattr(own, "score_thresh", 1.0)
+
+
+def largest_difference(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> float:
+    """Between the boxes and scores of two results of the same form."""
+    gaps = [
+        (one[key].double() - other[key].double()).abs().max().item()
+        for one, other in zip(found, expected, strict=True)
+        for key in ("boxes", "scores")
+    ]
+    return max(gaps)
 
 
 def noise(*sizes: tuple[int, int]) -> list[np.ndarray]:

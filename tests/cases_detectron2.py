@@ -193,6 +193,8 @@ def tiny_detectron2(cfg: Any, build: Callable[[Any], Any] | None = None) -> Any:
 class Detectron2Case(Case):
     """Inputs are dicts, results hold ``Instances``."""
 
+    package, replaced = "sal-detectron2", "NMS and top-k of fast_rcnn_inference, or of the dense forward_inference"
+
     def own_suppression(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         from detectron2.layers import batched_nms
 

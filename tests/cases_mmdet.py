@@ -190,6 +190,8 @@ def small_detector(name: str) -> Any:
 class MmdetCase(Case):
     """mmdet is asked by ``test_step`` of a collated batch, and answers with one ``DetDataSample`` per image."""
 
+    package, replaced = "mmdet", "roi_head.predict_bbox or bbox_head.predict, asked without NMS"
+
     def __init__(self, name: str, sizes: list[tuple[int, int]] = SIZES):
         super().__init__(MmdetAdapter(small_detector(name)), noise(*sizes))
         # YOLOX divides boxes by the scale, where all others multiply by its inverse: a float32 apart.

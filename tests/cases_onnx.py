@@ -95,6 +95,8 @@ def suppressed(session: Any, rgb: np.ndarray, threshold: float) -> dict[str, Ten
 class OnnxCase(Case):
     """An exported detector is the adapter itself; ``reference`` is what its users would write."""
 
+    package, replaced = "onnxruntime", "the adapter's own greedy NMS, where the layout has one"
+
     def __init__(self, adapter: OnnxAdapter, rgb: list[np.ndarray], reference: Any = None):
         super().__init__(adapter, rgb)
         self.session = onnxruntime.InferenceSession(adapter.path.read_bytes()) if reference else None

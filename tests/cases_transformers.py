@@ -91,6 +91,8 @@ def perturbed(config: Any, seed: int) -> Any:
 class TransformersCase(Case):
     """A model and its processor, asked for detections at every score."""
 
+    package, replaced = "transformers", "post_process_object_detection"
+
     # Boxes go from fractions of the image to pixels of the network and back: float32 rounds them differently.
     tolerance = 1e-4
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data: no folder {folder} (set IOU_REFINER_SHARED to where it is)")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the adapter contract measured, case by case."""
+    measured = getattr(sys.modules.get("adapter_case"), "MEASURED", {})
+    if not measured:
+        return
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    terminalreporter.section("adapters against their frameworks")
+    for name, case in measured.items():
+        seconds = sum(report.duration for report in reports if report.nodeid.endswith(f"{name}]"))
+        errors = [f"{case.measured[what]:.1e}" if what in case.measured else "-" for what in ("parity", "geometry")]
+        framework = f"{case.package} {version(case.package)}"
+        terminalreporter.write_line(
+            f"{name:34} {framework:24} parity {errors[0]:>8}  geometry {errors[1]:>8} px  {seconds:5.1f} s  "
+            f"replaced: {case.replaced}"
+        )

@@ -16,7 +16,7 @@ import cases_torchvision
 import cases_transformers
 import pytest
 import torch
-from adapter_case import Case, assert_same, keep_all, keep_none
+from adapter_case import MEASURED, Case, assert_same, keep_all, keep_none, largest_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def parameter(name: str) -> Any:
 
 @pytest.fixture(scope="module", params=map(parameter, CASES))
 def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]()
+    built = MEASURED[request.param] = CASES[request.param]()
+    return built
 
 
 def columns(found: Detections) -> dict[str, Tensor]:
@@ -92,7 +93,9 @@ class TestContract:
     def test_own_suppression_as_stage_gives_the_detectors_own_output(self, case: Case) -> None:
         own = case.read(case.own())
         assert all(len(result["boxes"]) >= 2 for result in own), "a detector that finds nothing proves nothing"
-        assert_same(case.read(case.call(case.own_suppression, case.images)), own, case.tolerance)
+        found = case.read(case.call(case.own_suppression, case.images))
+        assert_same(found, own, case.tolerance)
+        case.measured["parity"] = largest_difference(found, own)
 
     def test_stage_decides(self, case: Case) -> None:
         def shuffled(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
@@ -153,6 +156,8 @@ class TestContract:
         results = case.read(case.call(draw, case.images))
         for result, boxes in zip(results, drawn, strict=True):
             torch.testing.assert_close(result["boxes"], boxes, atol=1e-3, rtol=0)
+            gap = (result["boxes"] - boxes).abs().max().item()
+            case.measured["geometry"] = max(gap, case.measured.get("geometry", 0.0))
 
     def test_strides_where_a_patch_changes_the_map(self, case: Case) -> None:
         """The middle of the cells that change most, against the middle of the patch; in cells of each level."""
