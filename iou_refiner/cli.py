@@ -141,7 +141,7 @@ def train(
     val_images: Annotated[Path | None, Parameter(help="Folder of its images; default: --images.")] = None,
     cache: Cache = None,
     views: int = 4,
-    epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 5,
+    epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 2,
     batch_size: Annotated[int, Parameter(name=["--batch-size", "-b"])] = 8,
     lr: float = 5e-4,
     objective: Literal["bce", "smooth_l1"] = "bce",
@@ -221,6 +221,7 @@ def rescore(
     nms: Literal["iou", "greedy", "soft", "none"] | None = None,
     nms_threshold: float | None = None,
     rank_alpha: float | None = None,
+    moves: int | None = None,
     steps: int | None = None,
     step_size: float | None = None,
     margin: float | None = None,
@@ -247,8 +248,10 @@ def rescore(
         IoU-guided NMS ranks by score^(1 - a) * iou^a; 1 is the paper's.
     score_alpha
         Detections are scored score^(1 - a) * iou^a; 0 leaves the class score.
+    moves
+        Steps of regression, each taken where it raises the predicted IoU.
     steps
-        Steps of the ascent; 0 moves no box.
+        Steps of the ascent, after them.
     step_size
         First step, relative to the box, per unit of gradient.
     margin
@@ -263,14 +266,15 @@ def rescore(
     from iou_refiner.detectors import detector_from_spec
     from iou_refiner.nms_trace import suppressed_at
     from iou_refiner.predictor import IoUPredictor
+    from iou_refiner.refiner import check_head
     from iou_refiner.rescoring import rescore as rescored
-    from iou_refiner.stage import Stage, check_head
+    from iou_refiner.stage import Stage
 
     predictor = IoUPredictor.load(head)
     with console.usage():
         stage = Stage(
             predictor, nms=nms, nms_threshold=nms_threshold, rank_alpha=rank_alpha, score_alpha=score_alpha,
-            steps=steps, step_size=step_size, margin=margin, refine_top=refine_top, max_detections=max_dets,
+            moves=moves, steps=steps, step_size=step_size, margin=margin, refine_top=refine_top, max_detections=max_dets,
         )  # fmt: skip
     results, ground_truth = read_results(detections), read_ground_truth(ann)
     already = suppressed_at(results)

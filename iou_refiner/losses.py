@@ -64,7 +64,8 @@ def _order_loss(energy: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
     key = torch.cat([image_index[rows, None].to(asked.objects), asked.objects[rows]], 1)
     group = torch.unique(key, dim=0, return_inverse=True)[1]
     wanted = _log_softmax(asked.iou[rows] / _ORDER_TEMPERATURE, group)
-    return (wanted.exp() * (wanted - _log_softmax(energy[rows], group))).sum() / (group.max() + 1)
+    divergence: Tensor = (wanted.exp() * (wanted - _log_softmax(energy[rows], group))).sum()
+    return divergence / (group.max() + 1)
 
 
 def _log_softmax(values: Tensor, group: Tensor) -> Tensor:

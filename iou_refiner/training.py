@@ -30,7 +30,7 @@ def fit(
     train: TrainingSet,
     *,
     val: TrainingSet | None = None,
-    epochs: int = 5,
+    epochs: int = 2,
     batch_size: int = 8,
     boxes_per_image: int = 96,
     candidate_share: float = 0.5,

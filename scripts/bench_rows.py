@@ -260,7 +260,7 @@ def rescoring(maps: FeatureMaps, per_image: Callable[[], Any], images: int = 500
         candidates=Detections(boxes[:0], scores[:0], labels[:0]),
         frame=Frame((HEIGHT, WIDTH)),
     )
-    passing = Stage(lively(IoUPredictor(maps.channels, maps.strides)), steps=0)
+    passing = Stage(lively(IoUPredictor(maps.channels, maps.strides)), moves=0, steps=0)
 
     def untouched(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         return [found.replace(ious=found.scores) for found in candidates]
