@@ -274,7 +274,8 @@ def rescore(
     with console.usage():
         stage = Stage(
             predictor, nms=nms, nms_threshold=nms_threshold, rank_alpha=rank_alpha, score_alpha=score_alpha,
-            moves=moves, steps=steps, step_size=step_size, margin=margin, refine_top=refine_top, max_detections=max_dets,
+            moves=moves, steps=steps, step_size=step_size, margin=margin, refine_top=refine_top,
+            max_detections=max_dets,
         )  # fmt: skip
     results, ground_truth = read_results(detections), read_ground_truth(ann)
     already = suppressed_at(results)

@@ -37,11 +37,11 @@ Progress = Callable[[str, int, int], None]
 
 #: What the stage is asked to do, and the settings that do just that.
 STAGES: Mapping[str, Mapping[str, Any]] = {
-    "IoU-guided NMS": {"nms": "iou", "steps": 0},
+    "IoU-guided NMS": {"nms": "iou", "moves": 0, "steps": 0},
     "refinement": {"nms": "greedy"},
     "both": {"nms": "iou"},
 }
-_DETECTOR_ALONE: Mapping[str, Any] = {"nms": "greedy", "steps": 0}
+_DETECTOR_ALONE: Mapping[str, Any] = {"nms": "greedy", "moves": 0, "steps": 0}
 # A smaller head than the default, fed few boxes of many images: it has half a minute, and a dozen backgrounds to learn
 # by heart if it is let. Settings of the predictor, and of its training.
 _HEAD: Mapping[str, Any] = {"width": 32, "hidden": (128, 128)}
@@ -237,7 +237,7 @@ def _judge(
     """Measure on the files as they are written, so that the commands in README.txt say the same."""
     look = _remembering(partial(extract_image, adapter, folder / "data"))
     candidates = _stored(folder / "candidates.json", truth, dump_candidates(look, adapter.category_ids, truth))
-    every = {"nms": "none", "steps": 0, "max_detections": max(len(candidates), 1)}
+    every = {"nms": "none", "moves": 0, "steps": 0, "max_detections": max(len(candidates), 1)}
     found = {}
     for number, (name, settings) in enumerate([("", _DETECTOR_ALONE), ("all", every), *STAGES.items()]):
         say("judging", number, len(STAGES) + 2)

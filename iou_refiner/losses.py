@@ -65,7 +65,7 @@ def _order_loss(energy: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
     group = torch.unique(key, dim=0, return_inverse=True)[1]
     wanted = _log_softmax(asked.iou[rows] / _ORDER_TEMPERATURE, group)
     divergence: Tensor = (wanted.exp() * (wanted - _log_softmax(energy[rows], group))).sum()
-    return divergence / (group.max() + 1)
+    return divergence / (int(group.max()) + 1)
 
 
 def _log_softmax(values: Tensor, group: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def _log_softmax(values: Tensor, group: Tensor) -> Tensor:
     groups = int(group.max()) + 1
     highest = values.new_full((groups,), -torch.inf).scatter_reduce(0, group, values.detach(), "amax")
     values = values - highest[group]
-    return values - values.new_zeros(groups).index_add(0, group, values.exp()).log()[group]
+    total: Tensor = values.new_zeros(groups).index_add(0, group, values.exp())
+    return values - total.log()[group]
 
 
 def _way_loss(way: Tensor, asked: Samples) -> Tensor:

@@ -81,7 +81,7 @@ class Bench:
 
     def regressor(self, own: float, steps: int) -> Results:
         """A regressor in the manner of RefineBox: greedy NMS by class score, then so many steps, taken unasked."""
-        unmoved = Stage(self.head, nms="greedy", nms_threshold=own, moves=0, moves=0, steps=0, score_alpha=0.0)
+        unmoved = Stage(self.head, nms="greedy", nms_threshold=own, moves=0, steps=0, score_alpha=0.0)
 
         def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
             (kept,) = unmoved(features, candidates)
