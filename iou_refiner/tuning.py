@@ -25,6 +25,7 @@ _TRIALS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({"moves": 1}, {"moves": 2}, {"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
     ({"steps": 5, "step_size": 0.02}, {"margin": 0.02}),
     ({"score_alpha": 0.3}, {"score_alpha": 0.5}, {"score_alpha": 0.7}),
+    ({"nms": "soft"},),
 )
 # A gain of AP below this is taken for noise, and the simpler setting stays.
 _TRIFLE = 0.001
