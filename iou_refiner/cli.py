@@ -249,7 +249,7 @@ def rescore(
     score_alpha
         Detections are scored score^(1 - a) * iou^a; 0 leaves the class score.
     moves
-        Steps of regression, each taken where it raises the predicted IoU.
+        Steps of regression, by the head's second output.
     steps
         Steps of the ascent, after them.
     step_size

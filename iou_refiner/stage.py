@@ -59,10 +59,9 @@ class StageSettings:
         nms_threshold: IoU above which boxes of one class are one cluster.
         rank_alpha: IoU-guided NMS ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
         moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
-            none). One that does not raise the predicted IoU is not taken.
+            none). A step is taken whatever the predicted IoU says of it: measured, that errs more than the step does.
         steps: steps of the ascent; 0 takes none.
-        step_size: see :func:`refine_boxes`.
-        margin: a box whose predicted gain, by regression and ascent together, is not above this stays where it was.
+        step_size, margin: see :func:`refine_boxes`.
         refine_top: boxes refined per image, best scores first.
         score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
         max_detections: detections per image.
@@ -182,7 +181,7 @@ class Stage:
     def _refine(
         self, pyramid: FeaturePyramid, kept: list[Detections], image_sizes: tuple[tuple[int, int], ...]
     ) -> list[Detections]:
-        """Regression, then ascent, of the best boxes of every image; what raises the predicted IoU is kept."""
+        """Regression, then ascent, of the best boxes of every image."""
         best = [detections[detections.scores.argsort(descending=True, stable=True)] for detections in kept]
         chosen = [detections[: self.settings.refine_top] for detections in best]
         counts = [len(detections) for detections in chosen]
@@ -190,10 +189,8 @@ class Stage:
         start = torch.cat([_ious(detections) for detections in chosen])
         current, ious = self._regress(pyramid, boxes, start, image_index, labels, image_sizes)
         current, ious = self._ascend(pyramid, current, ious, image_index, labels, image_sizes)
-        moved = (ious > start + self.settings.margin) & (current != boxes).any(1)
-        current, ious = torch.where(moved[:, None], current, boxes), torch.where(moved, ious, start)
         self.summary.refined += len(boxes)
-        self.summary.moved += int(moved.sum())
+        self.summary.moved += int((current != boxes).any(1).sum())
         return [
             detections.replace(
                 boxes=torch.cat([new, detections.boxes[len(new) :]]),
@@ -214,8 +211,8 @@ class Stage:
         for _ in range(self.settings.moves if self.head.regress else 0):
             new = _clip(self.head.move(pyramid, boxes, image_index), image_index, image_sizes)
             value = self.head.predict(pyramid, new, image_index, labels)
-            better = (value > ious) & valid_boxes(new)
-            boxes, ious = torch.where(better[:, None], new, boxes), torch.where(better, value, ious)
+            sound = torch.isfinite(value) & valid_boxes(new)
+            boxes, ious = torch.where(sound[:, None], new, boxes), torch.where(sound, value, ious)
         return boxes, ious
 
     def _ascend(
@@ -235,7 +232,9 @@ class Stage:
             raw = self.head(pyramid, moved, image_index[rows], labels[rows], None if level is None else level[rows])
             return self.head.iou(raw)
 
-        result = refine_boxes(score, boxes, steps=self.settings.steps, step_size=self.settings.step_size)
+        result = refine_boxes(
+            score, boxes, steps=self.settings.steps, step_size=self.settings.step_size, margin=self.settings.margin
+        )
         self.summary.undone += result.undone
         new, value = _clip(result.boxes, image_index, image_sizes), result.score.clone()
         cut = torch.nonzero((new != result.boxes).any(1)).flatten()  # what was scored is not what is left of it

@@ -23,7 +23,7 @@ _TRIALS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({"nms_threshold": 0.5}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}, {"nms": "none"}),
     ({"rank_alpha": 0.5}, {"rank_alpha": 0.75}, {"rank_alpha": 1.0}),
     ({"moves": 1}, {"moves": 2}, {"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
-    ({"steps": 5, "step_size": 0.02}, {"margin": 0.02}),
+    ({"steps": 5, "step_size": 0.02},),
     ({"score_alpha": 0.3}, {"score_alpha": 0.5}, {"score_alpha": 0.7}),
     ({"nms": "soft"},),
 )

@@ -59,10 +59,10 @@ def variants(own: float, alpha: float, settings: dict[str, Any]) -> dict[str, di
         "rescoring": keep | rescoring,
         "IoU-guided NMS": keep | guided,
         "ascent": keep | ascent,
-        "judged regression": keep | moving,
+        "regression": keep | moving,
         "rescoring + IoU-guided NMS": keep | rescoring | guided,
         "the same + ascent": keep | rescoring | guided | ascent,
-        "the same + judged regression": keep | rescoring | guided | moving,
+        "the same + regression": keep | rescoring | guided | moving,
     }
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     if bench.head.recommended:
         rows["as chosen on val"] = bench.head.recommended
     if options.seconds:
-        detector, stage = bench.seconds(rows["the same + judged regression"])
+        detector, stage = bench.seconds(rows["the same + regression"])
         console.print(f"median seconds an image: detector {detector:.3f}, stage {stage:.3f}")
         return
     table = Table("", *METRICS, "AP: difference [95 %]", "AP50", "AP90", title=f"{options.detector}, {options.split}")
@@ -187,7 +187,7 @@ def main() -> None:
         found[name] = after, str(stage.summary)
     if bench.head.regress:
         for steps in (1, 3):
-            found[f"regressor, {steps} unjudged step{'s' * (steps > 1)}"] = bench.regressor(own, steps), ""
+            found[f"regressor alone, {steps} step{'s' * (steps > 1)}"] = bench.regressor(own, steps), ""
     for name, (after, summary) in found.items():
         comparison = compare(before, after, bench.truth)
         values = [f"{100 * comparison.after.metrics[m]:.1f}" for m in METRICS]
@@ -201,8 +201,8 @@ def main() -> None:
     console.print(table)
     record["ranking"] = measure(bench.head, TrainingSet(bench.cache, bench.truth))
     record["ascent"] = bench.made_worse(rows["ascent"])
-    record["judged regression"] = bench.made_worse(rows["judged regression"])
-    for part in ("ranking", "ascent", "judged regression"):
+    record["regression"] = bench.made_worse(rows["regression"])
+    for part in ("ranking", "ascent", "regression"):
         console.print(part, {name: round(value, 4) for name, value in record[part].items()})
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
