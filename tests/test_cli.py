@@ -202,7 +202,7 @@ class TestThreeJobs:
         results = Results(image, np.ones(64, np.int64), bbox, np.linspace(0.01, 0.9, 64))
         assert suppressed_at(results) == pytest.approx(0.495, abs=0.01)
         write_results("nmsed.json", results)
-        status, _, err = run("rescore", "nmsed.json", "--head", trained, *DATA, "-o", "n.json")
+        status, _, err = run("rescore", "nmsed.json", "--head", trained, *DATA, "-o", "n.json", "--nms", "iou")
         assert status == 0
         assert "already NMS-ed at about 0.5" in err
         assert "iou-refiner dump" in err
