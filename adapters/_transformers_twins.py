@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner import Detections, FeatureMaps
+from iou_refiner.adapters._twins import shallow
 from iou_refiner.extraction import Suppression
 
 # The output a model's twin adds: what the stage kept, (N, M, 6 or 7), rows of box in fractions of the image, score,
@@ -24,15 +25,9 @@ from iou_refiner.extraction import Suppression
 _KEPT = "kept_detections"
 
 
-def _shallow(module: nn.Module) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
 def twin_model(model: Any, processor: Any, stage: Suppression) -> Any:
     """A shallow copy of the model that runs the stage on its outputs and adds what it kept to them."""
-    twin = _shallow(model)
+    twin = shallow(model)
 
     @functools.wraps(model.forward)
     def forward(pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -57,9 +52,9 @@ def _watch(model: Any, pixel_values: Tensor, pixel_mask: Tensor | None, **kwargs
         levels, strides = outputs.encoder_last_hidden_state, model.config.feat_strides
         return outputs, FeatureMaps(tuple(levels), tuple(strides), image_sizes)
     seen: list[tuple[Tensor, Tensor]] = []
-    watched = _shallow(model)
-    watched._modules["model"] = inner = _shallow(model.model)
-    inner._modules["backbone"] = backbone = _shallow(inner.backbone)
+    watched = shallow(model)
+    watched._modules["model"] = inner = shallow(model.model)
+    inner._modules["backbone"] = backbone = shallow(inner.backbone)
 
     def look(*args: Any, **kwargs: Any) -> Any:
         seen.extend(type(backbone).forward(backbone, *args, **kwargs))

@@ -7,7 +7,6 @@ asks the stage, and goes on. Masks, keypoints and the way back to the image ther
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from iou_refiner import Detections, FeatureMaps, Frame, fingerprint
 from iou_refiner._checks import check_choice, check_positive
 from iou_refiner.adapters import _detectron2_library as library
+from iou_refiner.adapters._twins import seen_by_stage, shallow
 from iou_refiner.extraction import Suppression
 
 # What switches the detectors' own suppression off: no overlap is above it, no image has more boxes.
@@ -134,7 +134,7 @@ class Detectron2Adapter:
 
     def twin(self, stage: Suppression) -> Any:
         """A detector of the same class that shares all weights and whose suppression is ``stage``."""
-        shapes, twin = self.detector.backbone.output_shape(), _shallow(self.detector)
+        shapes, twin = self.detector.backbone.output_shape(), shallow(self.detector)
         if hasattr(twin, "roi_heads"):
             names = twin.roi_heads.in_features
             choose = _chooser(stage, [shapes[name].stride for name in names])
@@ -163,14 +163,7 @@ class Detectron2Adapter:
         Frames are from the image of ``height`` x ``width`` pixels, in which results are given, to the network input.
         RetinaNet and FCOS cut boxes to the image after suppression only: their candidates may reach beyond it.
         """
-        seen: list[tuple[FeatureMaps, list[Detections]]] = []
-
-        def look(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            seen.append((features, candidates))
-            return [found[:0] for found in candidates]
-
-        self.run(look, images)
-        ((features, candidates),) = seen
+        features, candidates = seen_by_stage(self.run, images)
         frames = [
             Frame.resize((image.get("height", size[0]), image.get("width", size[1])), size)
             for image, size in zip(images, features.image_sizes, strict=True)
@@ -196,15 +189,9 @@ def _check_kind(detector: Any) -> None:
     )
 
 
-def _shallow(module: nn.Module) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
 def _unsuppressed(module: nn.Module) -> Any:
     """A shallow copy that filters boxes as the module does, and keeps all that overlap."""
-    twin = _shallow(module)
+    twin = shallow(module)
     if isinstance(module, nn.ModuleList):  # a box predictor for each stage of a cascade
         twin._modules = {name: _unsuppressed(predictor) for name, predictor in module.named_children()}
     else:
@@ -214,12 +201,12 @@ def _unsuppressed(module: nn.Module) -> Any:
 
 def _roi_heads_twin(heads: Any, choose: Callable[[dict[str, Tensor], list[Any]], list[Any]]) -> Any:
     """RoI heads whose boxes are those that ``choose`` takes from the maps and all boxes found."""
-    twin = _shallow(heads)
+    twin = shallow(heads)
 
     def forward(images: Any, features: dict[str, Tensor], proposals: list[Any], targets: Any = None) -> Any:
         # Of the twin as it is now: test-time augmentation switches its mask head off and on between calls. Only here
         # do the boxes given to `forward_with_given_boxes` come from the box predictor; others are not to be touched.
-        once = _shallow(twin)
+        once = shallow(twin)
         once._modules["box_predictor"] = _unsuppressed(twin.box_predictor)
         once.forward_with_given_boxes = lambda maps, found: twin.forward_with_given_boxes(maps, choose(maps, found))
         return type(heads).forward(once, images, features, proposals, targets)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from iou_refiner import DataError, Detections, FeatureMaps, Frame, fingerprint
 from iou_refiner.adapters._mmdet_library import check_kind, classes, library, load
+from iou_refiner.adapters._twins import seen_by_stage, shallow
 from iou_refiner.coco_data import COCO_IDS
 from iou_refiner.extraction import Suppression
 
@@ -108,7 +109,7 @@ class MmdetAdapter:
 
         ``inference_detector`` and ``test_step`` take it as they take the detector; ``pred_instances`` get ``ious``.
         """
-        twin = _shallow(self.detector)
+        twin = shallow(self.detector)
         if hasattr(twin, "roi_head"):
             twin._modules["roi_head"] = _roi_head_twin(twin.roi_head, stage)
         else:
@@ -137,14 +138,8 @@ class MmdetAdapter:
 
         Frames are from the image file, in whose pixels results are given, to the network input.
         """
-        data, seen = _collated(images), []
-
-        def look(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            seen.append((features, candidates))
-            return [found[:0] for found in candidates]
-
-        self.run(look, data)
-        features, candidates = seen[0]
+        data = _collated(images)
+        features, candidates = seen_by_stage(self.run, data)
         return features, candidates, [_frame(sample.metainfo) for sample in data["data_samples"]]
 
 
@@ -156,15 +151,9 @@ def _collated(data: Any) -> Any:
 # --- the twin --------------------------------------------------------------------------------------------------------
 
 
-def _shallow(module: nn.Module) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
 def _roi_head_twin(head: Any, stage: Suppression) -> Any:
     """A RoI head whose boxes are those that ``stage`` chooses; its mask head goes on with them."""
-    twin = _shallow(head)
+    twin = shallow(head)
     extractor: Any = head.bbox_roi_extractor
     if isinstance(extractor, nn.ModuleList):  # one for each stage of a cascade
         extractor = extractor[-1]
@@ -187,7 +176,7 @@ def _roi_head_twin(head: Any, stage: Suppression) -> Any:
 
 def _dense_head_twin(head: Any, stage: Suppression) -> Any:
     """A dense head whose boxes are those that ``stage`` chooses."""
-    twin = _shallow(head)
+    twin = shallow(head)
     strides = [stride for stride, _ in head.prior_generator.strides]
 
     def predict(x: Sequence[Tensor], batch_data_samples: list[Any], rescale: bool = False) -> list[Any]:

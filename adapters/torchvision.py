@@ -10,7 +10,6 @@ its score threshold, among its best of each level or class where it counts them,
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from iou_refiner import Detections, FeatureMaps, Frame, fingerprint
 from iou_refiner._checks import require
+from iou_refiner.adapters._twins import seen_by_stage, shallow
 from iou_refiner.extraction import Suppression
 
 
@@ -105,14 +105,7 @@ class TorchvisionAdapter:
 
     def extract(self, images: Sequence[Tensor]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
         """Feature maps, candidates before suppression (network frame), and the frame of each image."""
-        seen: list[tuple[FeatureMaps, list[Detections]]] = []
-
-        def look(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            seen.append((features, candidates))
-            return [found[:0] for found in candidates]
-
-        self.run(look, images)
-        ((features, candidates),) = seen
+        features, candidates = seen_by_stage(self.run, images)
         frames = [
             Frame.resize((int(image.shape[-2]), int(image.shape[-1])), size)
             for image, size in zip(images, features.image_sizes, strict=True)
@@ -134,13 +127,13 @@ def _rcnn_twin(detector: Any, stage: Suppression) -> Any:
             kept.extend(stage(_feature_maps(detector, levels, image_sizes), candidates))
             return [d.boxes for d in kept], [d.scores for d in kept], [d.labels for d in kept]
 
-        call = _shallow(heads, postprocess_detections=suppress)
+        call = shallow(heads, postprocess_detections=suppress)
         results, losses = call.forward(maps, proposals, image_sizes, targets)
         for result, found in zip(results, kept, strict=True):
             result.update(_columns(found))
         return results, losses
 
-    return _shallow(detector, roi_heads=_shallow(heads, forward=forward))
+    return shallow(detector, roi_heads=shallow(heads, forward=forward))
 
 
 def _dense_twin(detector: Any, stage: Suppression) -> Any:
@@ -158,10 +151,10 @@ def _dense_twin(detector: Any, stage: Suppression) -> Any:
             features = _feature_maps(detector, levels, image_sizes)
             return [_columns(kept) for kept in stage(features, [Detections(**columns) for columns in found])]
 
-        head = _shallow(detector.head, forward=read)
-        return _shallow(detector, head=head, postprocess_detections=suppress).forward(images, targets)
+        head = shallow(detector.head, forward=read)
+        return shallow(detector, head=head, postprocess_detections=suppress).forward(images, targets)
 
-    return _shallow(detector, forward=forward)
+    return shallow(detector, forward=forward)
 
 
 def _suppressor(detector: Any) -> Any:
@@ -171,16 +164,7 @@ def _suppressor(detector: Any) -> Any:
 
 def _lenient(suppressor: Any) -> Any:
     """The same module, but suppressing nothing: no overlap is too large, no number of detections too high."""
-    return _shallow(suppressor, nms_thresh=math.inf, detections_per_img=sys.maxsize)
-
-
-def _shallow(module: nn.Module, **changes: Any) -> Any:
-    """A copy that shares all weights and submodules, with some attributes or submodules exchanged."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    for name, value in changes.items():
-        setattr(twin, name, value)
-    return twin
+    return shallow(suppressor, nms_thresh=math.inf, detections_per_img=sys.maxsize)
 
 
 def _columns(found: Detections) -> dict[str, Tensor]:

@@ -136,6 +136,11 @@ def _taps(y: _Axis, x: _Axis, offset: Tensor, width: Tensor, bins: int) -> _Taps
     return _Taps(_from(run_row, run, tap_start), start, size, tap_x, run, run_y, run_bin)
 
 
+def _tap_weight(taps: _Taps, y: _Axis, x: _Axis, dtype: torch.dtype) -> Tensor:
+    """The weight of every tap, (K,)."""
+    return taps.of_x(_weight(x).to(dtype)).mul_(taps.of_y(_weight(y).to(dtype)))
+
+
 def _work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
 
@@ -184,7 +189,7 @@ def forward(
     features = _widened(table)
     out = features.new_empty(len(boxes), output_size, output_size, table.shape[1])
     for part, y, x, taps in _chunks(sizes, offsets, strides, boxes, map_index, output_size, shift):
-        weight = taps.of_x(_weight(x).to(features.dtype)).mul_(taps.of_y(_weight(y).to(features.dtype)))
+        weight = _tap_weight(taps, y, x, features.dtype)
         bags = torch.embedding_bag(features, taps.row, taps.start, False, 0, False, weight)[0]
         out[part] = bags.view(-1, *out.shape[1:])
     out[~torch.isfinite(boxes).all(1)] = torch.nan
@@ -251,7 +256,7 @@ def backward_table(
             len(table),
             False,
             0,
-            taps.of_x(_weight(x).to(dtype)).mul_(taps.of_y(_weight(y).to(dtype))),
+            _tap_weight(taps, y, x, dtype),
             -1,
         )
     return out.to(table.dtype)
