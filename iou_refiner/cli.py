@@ -145,7 +145,7 @@ def train(
     batch_size: Annotated[int, Parameter(name=["--batch-size", "-b"])] = 8,
     lr: float = 5e-4,
     objective: Literal["bce", "smooth_l1"] = "bce",
-    levels: Literal["all", "assigned"] = "all",
+    levels: int = 3,
     context: float = 1.5,
     width: int = 48,
     hidden: tuple[int, ...] = (320, 256),
@@ -167,7 +167,7 @@ def train(
     objective
         What the head learns: IoU as a probability, or the paper's smooth-L1 on 2 IoU - 1.
     levels
-        Read each box from all feature levels, or from the one FPN assigns.
+        Feature levels each box is read from: the one FPN assigns (1, the paper's) and the next coarser ones.
     context
         Side of the region the head sees over that of the box.
     width

@@ -1,11 +1,13 @@
 """The IoU predictor: a small head that says how well a box fits its object, and where a better box lies.
 
 Three pieces, cheapest first: a 1x1 convolution per level narrows the detector's frozen feature maps to a common width,
-once per image; Precise RoI Pooling reads a box from *every* level; two fully connected layers turn that into an IoU.
+once per image; Precise RoI Pooling reads a box from three successive levels, the finest of them the one FPN gives a box
+of its size; two fully connected layers turn that into an IoU.
 
 The paper pools one level of 256 channels into 2 x FC1024, and its first layer is 90 % of the cost of the refinement
 loop. Narrowing before pooling costs the same as after it (both are linear) but is paid once per image, not per box and
-step. Reading all levels makes the prediction continuous in the box: there is no level to jump between.
+step. Finer levels than these three hold four times the cells each, and say nothing a bin of a seventh of the box could
+keep; three levels at scales that go with the box also look alike to the layers behind, whatever its size.
 
 The second output, four numbers beside the IoU, is one step of box regression. It costs nothing beside the trunk, moves
 boxes further than the ascent does where there are few images to learn from, and the predicted IoU judges its result.
@@ -33,7 +35,7 @@ from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
 
 OBJECTIVES = ("bce", "smooth_l1")
-_FORMAT = "iou-refiner head 2"
+_FORMAT = "iou-refiner head 3"
 # What regression has to predict is about this large, in relative coordinates (shifts, then log sizes): the output is in
 # these units, as in every R-CNN.
 WAY_SPREAD = (0.1, 0.1, 0.2, 0.2)
@@ -53,7 +55,8 @@ class IoUPredictor(nn.Module):
         output_size: bins per side of the pooling.
         context: side of the pooled region over that of the box, about the same centre. Above 1 the head also sees what
             lies just outside each edge, which is where a box too small shows.
-        levels: ``"all"`` reads each box from every level; ``"assigned"`` from the one level FPN gives it.
+        levels: how many levels each box is read from: the one FPN gives it and the next coarser ones. 1 is the paper's;
+            as many as there are, or more, reads every box from all.
         aligned: see :func:`prroi_pool`.
         regress: also predict where a better box lies, see :meth:`move`.
         objective: what the output means, and so how :meth:`iou` maps it to [0, 1]: ``"bce"`` a logit,
@@ -63,7 +66,7 @@ class IoUPredictor(nn.Module):
         recommended: settings of the :class:`Stage` that measured best with this head, used unless others are given.
 
     Laws: the prediction for a box does not depend on the other boxes; it is continuously differentiable in the box
-    (for ``levels="assigned"``, while the level stays).
+    while its levels stay, which :meth:`finest_level` can hold.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class IoUPredictor(nn.Module):
         hidden: Sequence[int] = (320, 256),
         output_size: int = 7,
         context: float = 1.5,
-        levels: str = "all",
+        levels: int = 3,
         aligned: bool = True,
         regress: bool = True,
         objective: str = "bce",
@@ -85,7 +88,7 @@ class IoUPredictor(nn.Module):
         recommended: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        check_choice("levels", levels, ["all", "assigned"])
+        check_positive("levels", levels)
         check_choice("objective", objective, OBJECTIVES)
         check_positive("output_size", output_size)
         check_positive("context", context)
@@ -96,15 +99,15 @@ class IoUPredictor(nn.Module):
         self.channels, self.strides = tuple(map(int, channels)), tuple(map(float, strides))
         self.num_classes, self.width, self.hidden = int(num_classes), int(width), tuple(map(int, hidden))
         self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
-        self.levels, self.objective = levels, objective
+        self.levels, self.objective = int(levels), objective
         self.detector, self.detector_name = detector, detector_name
         self.regress = bool(regress)
         self.recommended: dict[str, Any] = dict(recommended or {})
 
         pooled = self.width or self.channels[0]
         self.narrow = nn.ModuleList(nn.Conv2d(c, self.width, 1) if self.width else nn.Identity() for c in self.channels)
-        views = len(self.channels) if levels == "all" else 1
-        sizes = [views * self.output_size**2 * pooled, *self.hidden]
+        self._read_from = min(self.levels, len(self.channels))
+        sizes = [self._read_from * self.output_size**2 * pooled, *self.hidden]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
@@ -133,13 +136,14 @@ class IoUPredictor(nn.Module):
         maps = [narrow(level.to(weight)) for narrow, level in zip(self.narrow, features.levels, strict=True)]
         return FeaturePyramid.from_maps(FeatureMaps(tuple(maps), features.strides, features.image_sizes))
 
-    def levels_of(self, boxes: Tensor) -> Tensor | None:
-        """The level each box is to be pooled from, (R,), or None where every level is read.
+    def finest_level(self, boxes: Tensor) -> Tensor:
+        """The finest of the levels each box is read from, (R,) int64.
 
-        Ask once, before an ascent, and pass the answer along: a level that changed on the way would make the
-        objective jump.
+        Ask once, before an ascent, and pass the answer along: levels that changed on the way would make the objective
+        jump.
         """
-        return None if self.levels == "all" else assign_levels(boxes, self.strides)
+        last = len(self.strides) - self._read_from
+        return assign_levels(boxes, self.strides[: last + 1])
 
     def forward(
         self,
@@ -156,7 +160,7 @@ class IoUPredictor(nn.Module):
             boxes: (R, 4) float xyxy in network pixels; differentiable.
             image_index: (R,) integer, image of each box.
             labels: (R,) integer class of each box; needed by a class-aware head.
-            level: (R,) from :meth:`levels_of`; default: asked here.
+            level: (R,) from :meth:`finest_level`; default: asked here.
 
         Returns:
             (R,) float32.
@@ -176,20 +180,18 @@ class IoUPredictor(nn.Module):
 
     def read(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, level: Tensor | None = None) -> Tensor:
         """What the trunk makes of each box, (R, hidden[-1]); arguments as :meth:`forward`."""
-        views = 1
-        if self.levels == "all":
-            views = len(self.strides)
-            level = torch.arange(views, device=boxes.device).repeat(len(boxes))
-            boxes, image_index = boxes.repeat_interleave(views, 0), image_index.repeat_interleave(views)
-        elif level is None:
-            level = self.levels_of(boxes)
+        if level is None:
+            level = self.finest_level(boxes)
+        count = self._read_from
+        level = (level[:, None] + torch.arange(count, device=boxes.device)).flatten()
+        boxes, image_index = boxes.repeat_interleave(count, 0), image_index.repeat_interleave(count)
         margin = (boxes[:, 2:] - boxes[:, :2]) * ((self.context - 1) / 2)
         boxes = torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], 1)
         pooled = prroi_pool(
             pyramid, boxes, image_index=image_index, level=level, output_size=self.output_size, aligned=self.aligned
         )
-        # (R, views * P * P * C), no copy; spelt out, for -1 has no meaning where there are no boxes.
-        pooled = pooled.permute(0, 2, 3, 1).reshape(len(boxes) // views, views * math.prod(pooled.shape[1:]))
+        # (R, levels * P * P * C), no copy; spelt out, for -1 has no meaning where there are no boxes.
+        pooled = pooled.permute(0, 2, 3, 1).reshape(len(boxes) // count, count * math.prod(pooled.shape[1:]))
         read: Tensor = self.trunk(pooled)
         return read
 

@@ -226,10 +226,10 @@ class Stage:
     ) -> tuple[Tensor, Tensor]:
         if not self.settings.steps:
             return boxes, ious
-        level = self.head.levels_of(boxes)
+        level = self.head.finest_level(boxes)
 
         def score(moved: Tensor, rows: Tensor) -> Tensor:
-            raw = self.head(pyramid, moved, image_index[rows], labels[rows], None if level is None else level[rows])
+            raw = self.head(pyramid, moved, image_index[rows], labels[rows], level[rows])
             return self.head.iou(raw)
 
         result = refine_boxes(

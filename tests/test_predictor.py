@@ -45,7 +45,7 @@ def make_boxes(count: int = 9) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"levels": "assigned"}, {"aligned": False}, {"hidden": []}, {"num_classes": 3}]
+    "settings", [{}, {"levels": 1}, {"aligned": False}, {"hidden": []}, {"num_classes": 3}]
 )
 def test_a_box_is_predicted_as_it_would_be_alone(settings: dict[str, Any]) -> None:
     head, (boxes, image) = make_head(**settings), make_boxes()
@@ -62,7 +62,7 @@ def test_a_box_is_predicted_as_it_would_be_alone(settings: dict[str, Any]) -> No
     torch.testing.assert_close(head(pyramid, boxes[shuffled], image[shuffled], labels[shuffled]), together[shuffled])
 
 
-@pytest.mark.parametrize("settings", [{}, {"levels": "assigned"}, {"num_classes": 3}])
+@pytest.mark.parametrize("settings", [{}, {"levels": 1}, {"num_classes": 3}])
 def test_no_boxes_give_no_predictions(settings: dict[str, Any]) -> None:
     head, none = make_head(**settings), torch.zeros(0, dtype=torch.int64)
     pyramid = head.encode(make_features())
@@ -117,7 +117,7 @@ def test_the_objective_says_how_the_output_reads(objective: str, raw: list[float
     assert torch.isnan(head.iou(torch.tensor(torch.nan)))
 
 
-def across_the_border(levels: str) -> float:
+def across_the_border(levels: int) -> float:
     """Change of the prediction where a growing box is handed from the fine level to the coarse (224 px)."""
     head = make_head(levels=levels)
     pyramid, image = head.encode(make_features(1)), torch.zeros(2, dtype=torch.int64)
@@ -127,24 +127,22 @@ def across_the_border(levels: str) -> float:
 
 
 def test_reading_all_levels_leaves_no_level_to_jump_between() -> None:
-    assert across_the_border("all") < 2e-3
-    assert across_the_border("assigned") > 2e-2
+    assert across_the_border(2) < 2e-3
+    assert across_the_border(1) > 2e-2
 
 
 def test_the_level_may_be_fixed_before_the_box_moves() -> None:
-    head = make_head(levels="assigned")
+    head = make_head(levels=1)
     pyramid, image = head.encode(make_features(1)), torch.zeros(1, dtype=torch.int64)
     small, grown = torch.tensor([[100.0, 100, 323, 323]]), torch.tensor([[100.0, 100, 325, 325]])
-    level = head.levels_of(small)
-    assert level is not None
+    level = head.finest_level(small)
     assert level.tolist() == [0]
     kept, free = head(pyramid, grown, image, level=level), head(pyramid, grown, image)
     assert not torch.isclose(kept, free)
-    assert make_head().levels_of(small) is None
 
 
-@pytest.mark.parametrize("levels", ["all", "assigned"])
-def test_the_gradient_to_the_boxes(levels: str) -> None:
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_gradient_to_the_boxes(levels: int) -> None:
     head = make_head(levels=levels).double()
     features = make_features()
     features = FeatureMaps(tuple(level.double() for level in features.levels), STRIDES, features.image_sizes)
@@ -201,7 +199,7 @@ def test_features_of_another_shape_are_refused() -> None:
     ("settings", "message"),
     [
         ({"context": 0.0}, "`context` must be a finite number above 0"),
-        ({"levels": "any"}, "`levels` must be one of 'all', 'assigned', got 'any'"),
+        ({"levels": 0}, "`levels` must be a finite number above 0"),
         ({"objective": "smooth_l2"}, "Did you mean 'smooth_l1'"),
         ({"output_size": 0}, "`output_size` must be a finite number above 0"),
         ({"strides": [8]}, "one entry per level, got 2, 1"),
@@ -218,7 +216,7 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"num_classes": 4, "levels": "assigned", "aligned": False, "objective": "smooth_l1", "detector": "abc"},
+    {"num_classes": 4, "levels": 1, "aligned": False, "objective": "smooth_l1", "detector": "abc"},
     {"hidden": [], "output_size": 5},
 ]
 
@@ -309,7 +307,7 @@ def test_a_foreign_file_is_named(tmp_path: Path, about: Any) -> None:
     path = tmp_path / "other.safetensors"
     written_by_hand(path, about, {"weight": torch.zeros(2)})
     with pytest.raises(
-        DataError, match=r"not a head of this version \(format (None|'.*'), need 'iou-refiner head 2'\)"
+        DataError, match=r"not a head of this version \(format (None|'.*'), need 'iou-refiner head 3'\)"
     ):
         IoUPredictor.load(path)
 
@@ -332,6 +330,7 @@ def test_metadata_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 BROKEN_SETTINGS: list[dict[str, Any]] = [
     {"hidden": [99]},
     {"colour": "red"},
+    {"levels": 0},
     {"levels": "some"},
     {"channels": None},
     {"context": -1},
@@ -341,7 +340,7 @@ BROKEN_SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", BROKEN_SETTINGS)
 def test_settings_that_do_not_fit_the_weights_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
     path, head = tmp_path / "head.safetensors", make_head()
-    about = {"format": "iou-refiner head 2", "settings": {**head._settings(), **change}}
+    about = {"format": "iou-refiner head 3", "settings": {**head._settings(), **change}}
     written_by_hand(path, about, dict(head.state_dict()))
     with pytest.raises(DataError, match=r"head.safetensors: settings and weights do not make a head"):
         IoUPredictor.load(path)
@@ -350,7 +349,7 @@ def test_settings_that_do_not_fit_the_weights_are_named(tmp_path: Path, change: 
 @pytest.mark.parametrize("about", [{}, {"settings": []}, {"settings": None}])
 def test_a_head_without_settings_is_named(tmp_path: Path, about: dict[str, Any]) -> None:
     path = tmp_path / "head.safetensors"
-    written_by_hand(path, {"format": "iou-refiner head 2", **about}, {"weight": torch.zeros(2)})
+    written_by_hand(path, {"format": "iou-refiner head 3", **about}, {"weight": torch.zeros(2)})
     with pytest.raises(DataError, match="settings and weights do not make a head"):
         IoUPredictor.load(path)
 
