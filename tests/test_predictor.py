@@ -44,9 +44,7 @@ def make_boxes(count: int = 9) -> tuple[Tensor, Tensor]:
 # ---- Prediction. ----
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"levels": 1}, {"aligned": False}, {"hidden": []}, {"num_classes": 3}]
-)
+@pytest.mark.parametrize("settings", [{}, {"levels": 1}, {"aligned": False}, {"hidden": []}, {"num_classes": 3}])
 def test_a_box_is_predicted_as_it_would_be_alone(settings: dict[str, Any]) -> None:
     head, (boxes, image) = make_head(**settings), make_boxes()
     labels = torch.arange(9) % 3
