@@ -241,7 +241,7 @@ def rescore(
     detections
         COCO results, best before suppression (see `dump`).
     nms
-        Suppress by predicted IoU, by class score, softly, or not at all.
+        Suppress by predicted IoU, by class score, by predicted IoU and then softly, or not at all.
     nms_threshold
         Overlap above which boxes of a class are one cluster.
     rank_alpha

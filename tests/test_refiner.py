@@ -10,6 +10,7 @@ from iou_refiner.boxes import paired_iou, pairwise_iou
 from iou_refiner.coco import Image, read_ground_truth
 from iou_refiner.detectors import as_adapter, detector_from_spec, installed_adapters
 from iou_refiner.extraction import extract_image
+from iou_refiner.nms import soft_nms
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,25 @@ class TestStage:
         assert all(
             len(d) == len(c) for d, c in zip(Stage(oracle, nms="none")(features, candidates), candidates, strict=True)
         )
-        assert len(Stage(oracle, nms="soft", steps=0)(features, candidates)[0]) > len(plain[0])
+
+    def test_soft_suppression(self, scene):
+        features, candidates, objects, _, _ = scene
+        oracle = OracleHead(objects)
+        still = {"nms": "soft", "moves": 0, "steps": 0}
+        classic = Stage(oracle, **still, nms_threshold=1.0, rank_alpha=0.0)(features, candidates)
+        for ours, given in zip(classic, candidates, strict=True):
+            keep, scores = soft_nms(given.boxes, given.scores, given.labels)
+            assert torch.equal(ours.boxes, given.boxes[keep])
+            torch.testing.assert_close(ours.scores, scores)
+        guided = Stage(oracle, **still | {"nms": "iou"}, nms_threshold=0.9)(features, candidates)
+        ranked = Stage(oracle, **still, nms_threshold=0.9)(features, candidates)
+        for ours, hard in zip(ranked, guided, strict=True):
+            before = {tuple(box): score for box, score in zip(hard.boxes.tolist(), hard.scores.tolist(), strict=True)}
+            share = ours.scores / torch.tensor([before[tuple(box)] for box in ours.boxes.tolist()])
+            assert share.max() <= 1 + 1e-6
+            assert share.min() < 0.9
+            # Whoever fits best keeps its whole score: nobody ranks above it.
+            assert share[ours.ious.argmax()].item() == pytest.approx(1)
 
     def test_source_joins_what_came_out_with_what_went_in(self, scene, head):
         features, candidates, _, _, _ = scene
