@@ -148,6 +148,7 @@ def train(
     levels: int = 3,
     context: float = 1.5,
     width: int = 48,
+    mix: int = 32,
     hidden: tuple[int, ...] = (320, 256),
     class_aware: Annotated[bool, Parameter(negative=())] = False,
     boxes_per_image: int = 96,
@@ -172,6 +173,8 @@ def train(
         Side of the region the head sees over that of the box.
     width
         Channels after narrowing the feature maps.
+    mix
+        Channels of each pooled bin after its levels and channels are mixed; 0 mixes nothing.
     hidden
         Sizes of the fully connected layers.
     class_aware
@@ -198,7 +201,10 @@ def train(
     with console.progress() as progress:
         history = train_head(
             adapter, *data, output_dir=output_dir, cache=cache, views=views, seed=console.seed, resume=resume,
-            head={"objective": objective, "levels": levels, "context": context, "width": width, "hidden": hidden},
+            head={
+                "objective": objective, "levels": levels, "context": context,
+                "width": width, "mix": mix, "hidden": hidden,
+            },
             class_aware=class_aware, device=console.torch_device(), progress=progress, note=console.note,
             epochs=epochs, batch_size=batch_size, lr=lr,
             boxes_per_image=boxes_per_image, candidate_share=candidate_share,
@@ -358,7 +364,7 @@ def info(head: Path, *, console: Quiet) -> int:
     head
         Head made by `train`.
     """
-    from iou_refiner.predictor import read_metadata
+    from iou_refiner.head_file import read_metadata
 
     about = {name: part for name, part in read_metadata(head).items() if isinstance(part, dict)}
     lines = [f"{part}\n" + "\n".join(f"  {k}: {v}" for k, v in values.items()) for part, values in about.items()]

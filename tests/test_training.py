@@ -12,7 +12,7 @@ from iou_refiner import DataError, IoUPredictor, fit
 from iou_refiner.boxes import pairwise_iou
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.extraction import FeatureCache, extract_image
-from iou_refiner.predictor import read_metadata
+from iou_refiner.head_file import read_metadata
 from iou_refiner.recipe import train_head
 from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet, sample_boxes, true_iou

@@ -12,7 +12,6 @@ VARIANTS = {
     "1 level, FPN's": Variant(head={"levels": 1}),
     "2 levels": Variant(head={"levels": 2}),
     "the box alone": Variant(head={"context": 1.0}),
-    "1.25 of the box": Variant(head={"context": 1.25}),
     "2 of the box": Variant(head={"context": 2.0}),
     "5 x 5": Variant(head={"output_size": 5}),
     "9 x 9": Variant(head={"output_size": 9}),

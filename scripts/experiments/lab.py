@@ -143,8 +143,10 @@ class Lab:
         for extraction, objects in self.seen:
             found = extraction.candidates
             before = true_iou(found.boxes, found.labels, objects)
+            asked = torch.nonzero(before > 0.5).flatten()
+            found, before = found[asked], before[asked]
             after = true_iou(move(extraction.features, found), found.labels, objects)
-            changes.append((after - before)[(before > 0.5) & torch.isfinite(after)])
+            changes.append((after - before)[torch.isfinite(after)])
         change = torch.cat(changes)
         return {"gain": change.mean().item(), "worse": (change < 0).float().mean().item()}
 
@@ -195,7 +197,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--detector", default="faster_rcnn", choices=["faster_rcnn", "yolox"])
     parser.add_argument("--cache", type=Path, required=True, help="feature cache; what is missing is extracted")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=2800, help="images every head sees in training")
+    parser.add_argument("--passes", type=int, default=2400, help="images every head sees in training")
     parser.add_argument("--only", nargs="*", help="variants to run; default: all")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()

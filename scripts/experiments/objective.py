@@ -45,7 +45,6 @@ VARIANTS = {
     "default: BCE on the IoU, order, way": Variant(),
     "smooth-L1 on the IoU, order, way": Variant(head={"objective": "smooth_l1"}),
     "BCE, way": Variant(prepare=_with(without_order)),
-    "BCE, order": Variant(head={"regress": False}),
     "BCE alone": Variant(head={"regress": False}, prepare=_with(without_order)),
     "smooth-L1 alone, the paper's": Variant(
         head={"regress": False, "objective": "smooth_l1"}, prepare=_with(without_order)

@@ -1,8 +1,8 @@
 """Question 4: what stands between the pooled features and the outputs. AP per millisecond.
 
-Beside fully connected layers of several sizes: a mixing of levels and channels within each bin before them (a 1x1
-convolution, in the terms of a map), and a few spatial patterns per channel (a depthwise convolution as large as the
-pooled map), as lightweight detectors do it.
+The default mixes levels and channels within each bin (a 1x1 convolution, in the terms of a map) before its fully
+connected layers. Against it: other sizes, no mixing, and a few spatial patterns per channel (a depthwise convolution as
+large as the pooled map), as lightweight detectors do it.
 """
 
 from __future__ import annotations
@@ -39,32 +39,21 @@ class _Depthwise(nn.Module):
         return (bins.permute(2, 0, 1) @ self.weight.transpose(1, 2)).permute(1, 0, 2).reshape(len(bins), -1)
 
 
-def mixed(*args: Any, mix: int = 32, **settings: Any) -> IoUPredictor:
-    """A head that mixes levels and channels within each bin, then looks at all bins."""
-    head = IoUPredictor(*args, **settings)
-    bins, channels = head.output_size**2, head.width * head.levels
-    rest = nn.Sequential(nn.Linear(bins * mix, head.hidden[0]), *list(head.trunk)[1:])
-    head.trunk = nn.Sequential(_Bins(head.levels, bins), nn.Linear(channels, mix), nn.ReLU(), nn.Flatten(), *rest)
-    return head
-
-
 def depthwise(*args: Any, patterns: int = 8, **settings: Any) -> IoUPredictor:
     """A head that looks for a few patterns over the bins of each channel, then mixes channels."""
-    head = IoUPredictor(*args, **settings)
+    head = IoUPredictor(*args, mix=0, **settings)
     bins, channels = head.output_size**2, head.width * head.levels
-    rest = nn.Sequential(nn.Linear(channels * patterns, head.hidden[0]), *list(head.trunk)[1:])
-    head.trunk = nn.Sequential(_Bins(head.levels, bins), _Depthwise(bins, channels, patterns), *rest)
+    rest = nn.Sequential(nn.Linear(channels * patterns, head.hidden[0]), *list(head.trunk.layers)[1:])
+    head.trunk.layers = nn.Sequential(_Bins(head.levels, bins), _Depthwise(bins, channels, patterns), *rest)
     return head
 
 
 VARIANTS = {
-    "default: width 48, FC 320, 256": Variant(),
-    "FC 1024, 1024": Variant(head={"hidden": (1024, 1024)}),
-    "FC 256": Variant(head={"hidden": (256,)}),
-    "width 24, FC 256": Variant(head={"width": 24, "hidden": (256,)}),
-    "width 32, FC 256, 128": Variant(head={"width": 32, "hidden": (256, 128)}),
-    "width 48, bins mixed to 32, FC 320, 256": Variant(make=mixed),
-    "width 48, 8 patterns a channel, FC 320, 256": Variant(make=depthwise),
+    "default: width 48, bins mixed to 32, FC 320, 256": Variant(),
+    "width 24, bins mixed to 24, FC 256": Variant(head={"width": 24, "mix": 24, "hidden": (256,)}),
+    "not mixed, FC 320, 256": Variant(head={"mix": 0}),
+    "not mixed, FC 1024, 1024": Variant(head={"mix": 0, "hidden": (1024, 1024)}),
+    "not mixed, 8 patterns a channel, FC 320, 256": Variant(make=depthwise),
 }
 
 if __name__ == "__main__":
