@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -12,6 +13,9 @@ from typing import Any
 
 from iou_refiner._checks import DataError, did_you_mean
 from iou_refiner.extraction import Adapter
+
+# A module, or a file, whose path may hold a colon; its function; the function's argument.
+_FUNCTION = re.compile(r"(.+?\.py|[\w.]+):(\w+)(?::(.+))?")
 
 
 def installed_adapters() -> dict[str, EntryPoint]:
@@ -54,26 +58,29 @@ def detector_from_spec(spec: str) -> Adapter:
     Args:
         spec: ``adapter:name``, what the name means being up to the installed adapter: ``torchvision:NAME``,
             ``detectron2:CONFIG.yaml[:WEIGHTS]``, ``mmdet:CONFIG.py[:WEIGHTS]``, ``transformers:FOLDER_OR_NAME``,
-            ``onnx:FILE``. Or ``package.module:function`` or ``file.py:function``, a function without arguments that
-            returns a live detector or an adapter; packages are looked for in the working directory too.
+            ``onnx:FILE``. Or ``package.module:function`` or ``file.py:function``, a function that returns a live
+            detector or an adapter; packages are looked for in the working directory too. What follows another colon,
+            as in ``file.py:function:weights.pth``, is the function's only argument.
 
     Raises:
         DataError: the spec is malformed, or names what is not there.
     """
     known = installed_adapters()
-    kind, _, name = spec.partition(":") if spec.partition(":")[0] in known else spec.rpartition(":")
-    if not kind or not name:
-        raise DataError(
-            f"--detector {spec!r} is not of the form adapter:name, package.module:function or file.py:function. "
-            f"Installed adapters: {', '.join(known)}."
-        )
-    if kind in known:
+    kind, _, name = spec.partition(":")
+    if kind in known and name:
         return _named(known[kind], name, spec)
-    module = _module(kind, spec)
+    found = _FUNCTION.fullmatch(spec)
+    if not found:
+        raise DataError(
+            f"--detector {spec!r} is not of the form adapter:name, package.module:function[:argument] or "
+            f"file.py:function[:argument]. Installed adapters: {', '.join(known)}."
+        )
+    where, name, argument = found.groups()
+    module = _module(where, spec)
     make = getattr(module, name, None)
     if not callable(make):
-        raise DataError(f"--detector {spec!r}: {kind} has no function {name!r}.{did_you_mean(name, dir(module))}")
-    detector = make()
+        raise DataError(f"--detector {spec!r}: {where} has no function {name!r}.{did_you_mean(name, dir(module))}")
+    detector = make() if argument is None else make(argument)
     try:
         return as_adapter(detector)
     except TypeError as error:

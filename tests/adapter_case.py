@@ -112,12 +112,12 @@ def photographs() -> list[np.ndarray]:
 
 
 def example(name: str) -> Any:
-    """A trained detector of examples/coco_person.py; a skip where there is none."""
+    """A trained detector of examples/small_detectors.py; a skip where there is none."""
     if not SHARED.is_dir():
         pytest.skip(f"no trained detectors: {SHARED} is not there (IOU_REFINER_SHARED names another place)")
     if name == "faster_rcnn":
         pytest.importorskip("efficientnet_lite_pytorch", reason="its backbone needs efficientnet-lite-pytorch")
-    spec = importlib.util.spec_from_file_location("coco_person", ROOT / "examples" / "coco_person.py")
+    spec = importlib.util.spec_from_file_location("small_detectors", ROOT / "examples" / "small_detectors.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)()

@@ -74,6 +74,7 @@ def test_what_an_adapter_refuses_is_told_with_the_spec() -> None:
         ("yolox.onnx:", "is not of the form adapter:name"),
         ("onnx:", "is not of the form adapter:name"),
         (":make", "is not of the form adapter:name"),
+        ("json:loads:", "is not of the form adapter:name"),
         ("torchvison:fasterrcnn", "neither an adapter nor a module is called 'torchvison'. Did you mean 'torchvision'"),
         ("nowhere.py:make", "no file nowhere.py"),
         ("json:lodas", "json has no function 'lodas'. Did you mean 'loads'"),
@@ -95,6 +96,17 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
     )
     assert isinstance(detector_from_spec(f"{tmp_path / 'torch.py'}:make"), ToyDetector)
     assert sys.modules["torch"] is torch
+
+
+@pytest.mark.parametrize("argument", ["runs/weights.pth", "C:\\weights.pth", "https://where.org/weights.py:1"])
+def test_a_function_takes_what_follows_it(tmp_path: Path, argument: str) -> None:
+    (tmp_path / "C:").mkdir()
+    (tmp_path / "C:" / "made.py").write_text(
+        "from toys import ToyDetector\n\ndef make(argument):\n"
+        "    detector = ToyDetector({})\n    detector.made_from = argument\n    return detector\n"
+    )
+    adapter: Any = detector_from_spec(f"{tmp_path / 'C:' / 'made.py'}:make:{argument}")
+    assert adapter.made_from == argument
 
 
 def test_a_function_in_a_package_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,232 @@
+"""Train the small Faster R-CNN of examples/small_detectors.py on a data set in COCO format, or go on training it.
+
+    python scripts/train_detector.py --ann TRAIN.json --val-ann VAL.json --images FOLDER --output DIR [--weights FILE]
+
+Starts from FILE, or from a backbone trained on ImageNet. Leaves in DIR the weights after every epoch,
+``epoch-XX.safetensors``, the ones with the highest AP on val, ``best.safetensors``, and ``metrics.jsonl``. A run that
+was stopped goes on with ``--resume`` from ``last.pt`` and ends with the same weights as one that was not. What comes
+out is a detector for every command:
+
+    iou-refiner train --detector examples/small_detectors.py:faster_rcnn:DIR/best.safetensors ...
+
+Time on one core of 2025: .15 seconds an image of 320 pixels, .35 of 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from iou_refiner._checks import DataError, check_positive
+from iou_refiner._files import replacing, write_whole
+from iou_refiner.adapters.torchvision import TorchvisionAdapter
+from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
+from iou_refiner.coco import GroundTruth, Image, Results, read_ground_truth, xywh_to_xyxy, xyxy_to_xywh
+from iou_refiner.evaluation import evaluate
+from iou_refiner.extraction import open_image
+from iou_refiner.views import View
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from small_detectors import SIZE, network
+
+# The backbone knows photographs already: it learns slower than what is new.
+_BACKBONE_RATE = 0.3
+_WARM_UP = 0.05  # share of all steps
+# Share of an object that a window must show for it to be an object there.
+_LEAST_VISIBLE = 0.25
+_SHOWN = ("AP", "AP50", "AP75", "AP90")
+
+
+class TrainingImages:
+    """Annotated images as torchvision's detectors take them in training, each time as another view.
+
+    Half of the time the image or its mirror image, else a window of it: an object then has many sizes and places.
+    """
+
+    def __init__(self, adapter: TorchvisionAdapter, folder: Path, truth: GroundTruth):
+        self.adapter, self.folder, self.truth = adapter, folder, truth
+        self._rows = truth.by_image()
+
+    def __len__(self) -> int:
+        return len(self.truth.images)
+
+    def load(self, index: int, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels (3, H, W) in [0, 1], and the boxes (N, 4) xyxy and labels (N,) of what is there, crowds left out."""
+        image = self.truth.images[index]
+        number = 2 + epoch if torch.rand(()) < 0.5 else int(torch.randint(2, ()))
+        view = View.of(image.id, (image.height, image.width), number)
+        pixels, frame = self.adapter.prepare(view.pixels(open_image(self.folder, image)))
+        rows = self._rows[image.id]
+        rows = rows[~self.truth.iscrowd[rows]]
+        whole = view.boxes(torch.from_numpy(xywh_to_xyxy(self.truth.bbox[rows])).float())
+        seen = clip_boxes(whole, (view.height, view.width))
+        kept = valid_boxes(seen) & (box_area(seen) >= _LEAST_VISIBLE * box_area(whole))
+        labels = torch.from_numpy(self.truth.category_id[rows])
+        return pixels, {"boxes": frame.to_network(seen[kept]), "labels": labels[kept]}
+
+
+class Training:
+    """The weights and all that changes with them; kept in a folder after every epoch."""
+
+    def __init__(self, adapter: TorchvisionAdapter, steps: int, lr: float, folder: Path, settings: dict[str, Any]):
+        self.detector, self.folder, self.settings = adapter.detector, folder, settings
+        self.detector.to(memory_format=torch.channels_last)  # which depthwise convolutions prefer
+        pretrained = set(self.detector.backbone.m.parameters())
+        learned = [weight for weight in self.detector.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for weight in learned if weight not in pretrained]},
+            {"params": [weight for weight in learned if weight in pretrained]},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=1e-4)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, [lr, _BACKBONE_RATE * lr], total_steps=steps, pct_start=_WARM_UP, cycle_momentum=False
+        )
+        self.history: list[dict[str, float]] = []
+
+    def step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> float:
+        """One step on a batch; its loss."""
+        # Two thirds of the time of float32 where the processor has bfloat16, and losses that fall alike.
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(self.detector(images, targets).values())
+        if not torch.isfinite(loss):
+            raise DataError(f"The loss is {loss.item()}. Are the images and boxes sound? Else lower --lr.")
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.detector.parameters(), 10.0)
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.item())
+
+    def resume(self) -> None:
+        """Go on where :meth:`keep` left off."""
+        state = torch.load(self.folder / "last.pt", weights_only=True)
+        changed = [name for name, value in self.settings.items() if state["settings"].get(name) != value]
+        if changed:
+            raise DataError(
+                f"{self.folder / 'last.pt'} was made with another {', '.join(changed)}: resume with the same."
+            )
+        self.history = state["history"]
+        for name in ("detector", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+
+    def keep(self, metrics: dict[str, float]) -> None:
+        """Note the end of an epoch. ``last.pt`` comes last: whatever is lost before it, is made again."""
+        self.history.append(metrics)
+        tensors = {name: tensor.contiguous() for name, tensor in self.detector.state_dict().items()}
+        weights = safetensors.torch.save(tensors, {"size": str(self.settings["size"])})
+        write_whole(self.folder / f"epoch-{len(self.history):02}.safetensors", weights)
+        if metrics["AP"] == max(epoch["AP"] for epoch in self.history):
+            write_whole(self.folder / "best.safetensors", weights)
+        write_whole(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history).encode())
+        state = {name: getattr(self, name).state_dict() for name in ("detector", "optimizer", "schedule")}
+        with replacing(self.folder / "last.pt") as stream:
+            torch.save(state | {"history": self.history, "settings": self.settings}, stream)
+
+
+def detect(adapter: TorchvisionAdapter, folder: Path, truth: GroundTruth) -> Results:
+    """The detector's own detections on all images."""
+    return Results.concat(_detect(adapter, folder, image) for image in truth.images)
+
+
+@torch.no_grad()
+def _detect(adapter: TorchvisionAdapter, folder: Path, image: Image) -> Results:
+    pixels, frame = adapter.prepare(open_image(folder, image))
+    (found,) = adapter.detector([pixels])
+    return Results(
+        image_id=np.full(len(found["boxes"]), image.id, np.int64),
+        category_id=found["labels"].numpy(),
+        bbox=xyxy_to_xywh(frame.to_image(found["boxes"]).double().numpy()),
+        score=found["scores"].double().numpy(),
+    )
+
+
+def train(
+    adapter: TorchvisionAdapter,
+    images: TrainingImages,
+    val: tuple[GroundTruth, Path],
+    *,
+    output: Path,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+) -> Iterator[dict[str, float]]:
+    """AdamW over torchvision's own losses: a short warm-up, then a cosine to nothing. Yields metrics of every epoch."""
+    steps = math.ceil(len(images) / batch_size)
+    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "images": len(images)}
+    training = Training(adapter, epochs * steps, lr, output, settings | {"size": adapter.longest_side})
+    if resume and (output / "last.pt").exists():
+        training.resume()
+    for epoch in range(len(training.history), epochs):
+        # Every epoch draws order, views and torchvision's samples anew from its number: nothing of it need be kept.
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        order, total, began = torch.randperm(len(images)).tolist(), 0.0, time.process_time()
+        adapter.detector.train()
+        for step in range(steps):
+            batch = [images.load(index, epoch) for index in order[step * batch_size : (step + 1) * batch_size]]
+            loss = training.step([pixels for pixels, _ in batch], [target for _, target in batch])
+            total += loss
+            progress(epoch * steps + step + 1, epochs * steps, loss)
+        seconds = (time.process_time() - began) / len(images)
+        adapter.detector.eval()
+        found = evaluate(detect(adapter, val[1], val[0]), val[0]).metrics
+        metrics = {"epoch": epoch + 1, "loss": total / steps, "cpu_seconds_an_image": seconds}
+        training.keep(metrics | {name: found[name] for name in _SHOWN})
+        yield training.history[-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, about in (("ann", "COCO annotation to learn"), ("val-ann", "to measure on"), ("images", "their folder")):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=about)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--weights", type=Path, help="of this network, for as many classes: start from them")
+    parser.add_argument("--size", type=int, default=SIZE, help="longest side of the images in pixels")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=4e-4, help="highest learning rate")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    options = parser.parse_args(arguments)
+    for name in ("size", "epochs", "lr", "batch_size"):
+        check_positive(name, getattr(options, name))
+    if (options.output / "last.pt").exists() and not options.resume:
+        parser.error(f"{options.output} holds a training already. Add --resume, or name another folder.")
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    truth, val = read_ground_truth(options.ann), read_ground_truth(options.val_ann)
+    detector = network(max(category.id for category in truth.categories), options.size)  # labels are category ids
+    if options.weights:
+        detector.load_state_dict(safetensors.torch.load_file(options.weights))
+    adapter = TorchvisionAdapter(detector, longest_side=options.size)
+    options.output.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("training, loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, loss=math.nan)
+        for metrics in train(
+            adapter, TrainingImages(adapter, options.images, truth), (val, options.images), output=options.output,
+            epochs=options.epochs, lr=options.lr, batch_size=options.batch_size, seed=options.seed,
+            resume=options.resume,
+            progress=lambda done, total, loss: bar.update(task, completed=done, total=total, loss=loss),
+        ):  # fmt: skip
+            console.print(" ".join(f"{name} {value:.4g}" for name, value in metrics.items()), highlight=False)
+
+
+if __name__ == "__main__":
+    main()
