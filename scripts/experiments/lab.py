@@ -79,7 +79,7 @@ class Variant:
 
 def detector_of(name: str) -> Adapter:
     """One of the example detectors."""
-    return detector_from_spec(f"{ROOT / 'examples' / 'coco_person.py'}:{name}")
+    return detector_from_spec(f"{ROOT / 'examples' / 'small_detectors.py'}:{name}")
 
 
 class Lab:
