@@ -1,10 +1,11 @@
-"""The tables of docs/accuracy.md, from the rows of the laboratory.
+"""The tables of docs/accuracy.md and of the README, from the records in docs/results.
 
-    python scripts/experiments/tables.py          # rewrites what stands between the marks in docs/accuracy.md
-    python scripts/experiments/tables.py --check  # fails if the document says something else than the rows
+    python scripts/experiments/tables.py          # rewrites what stands between the marks
+    python scripts/experiments/tables.py --check  # fails if a document says something else than the records
 
-A table stands between ``<!-- table QUESTION DETECTOR -->`` and ``<!-- end -->``. Figures are means over seeds, with the
-standard deviation where there are several.
+``<!-- table QUESTION DETECTOR -->`` to ``<!-- end -->`` holds the rows of the laboratory: means over seeds, with the
+standard deviation where there are several. ``<!-- gain NAME -->`` holds what ``scripts/gain.py --json`` wrote
+to docs/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS, DOCUMENT = ROOT / "docs" / "results" / "experiments.jsonl", ROOT / "docs" / "accuracy.md"
-_TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = ROOT / "docs" / "results"
+ROWS = RESULTS / "experiments.jsonl"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
+_MARKED = re.compile(r"(<!-- (table|gain) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 # Heading, where the figure stands in a row, factor, decimals.
@@ -38,6 +41,7 @@ _TRAINED: tuple[Column, ...] = (
 )
 _COST: Column = ("ms / 1,000 boxes", "ms_per_1000_boxes", 1, 0)
 _ASKED: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("AP", "AP50", "AP75", "AP90"))
+_GAIN_AT = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 _BY_SIZE: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("APs", "APm", "APl"))
 
 
@@ -78,25 +82,48 @@ def cell(rows: Iterable[Row], column: Column) -> str:
 
 
 def table(question: str, detector: str) -> str:
-    """A table in Markdown."""
+    """The answers to a question."""
+    variants = rows_of(question, detector)
     wanted = columns(question)
-    lines = ["| " + " | ".join(["", *(heading for heading, *_ in wanted)]) + " |", "|---|" + "---:|" * len(wanted)]
-    for variant, rows in rows_of(question, detector).items():
-        lines.append("| " + " | ".join([variant, *(cell(rows, column) for column in wanted)]) + " |")
-    return "\n".join(lines) + "\n"
+    body = [[variant, *(cell(rows, column) for column in wanted)] for variant, rows in variants.items()]
+    return markdown(["", *(heading for heading, *_ in wanted)], body)
 
 
-def filled(document: str, make: Callable[[str, str], str] = table) -> str:
-    """The document with every table made anew."""
-    return _TABLE.sub(lambda found: found[1] + make(found[2], found[3]) + found[4], document)
+def gain(name: str) -> str:
+    """What each part of the stage adds to a detector."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    heading = ["", *_GAIN_AT, "ΔAP [95 %]", "ΔAP50", "ΔAP90"]
+    body = []
+    for variant, row in rows.items():
+        values = [f"{100 * row['after']['metrics'][metric]:.1f}" for metric in _GAIN_AT]
+        changes = [
+            "" if variant == "detector" else f"{100 * row['differences'][m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            for m in ("AP", "AP50", "AP90")
+            for low, high in [row["intervals"][m]]
+        ]
+        body.append([f"**{variant}**" if variant == "as chosen on val" else variant, *values, *changes])
+    return markdown(heading, body)
+
+
+def markdown(heading: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown, figures to the right."""
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def filled(document: str) -> str:
+    """A document with every marked table made anew."""
+    make = {"table": table, "gain": gain}
+    return _MARKED.sub(lambda found: found[1] + make[found[2]](*found[3].split()) + found[4], document)
 
 
 def main() -> None:
-    before = DOCUMENT.read_text()
-    after = filled(before)
-    if "--check" in sys.argv:
-        sys.exit(0 if after == before else f"{DOCUMENT.name} and {ROWS.name} disagree. Run {Path(__file__).name}.")
-    DOCUMENT.write_text(after)
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = filled(before)
+        if "--check" in sys.argv and after != before:
+            sys.exit(f"{path.name} and the records in docs/results disagree. Run {Path(__file__).name}.")
+        path.write_text(after)
 
 
 if __name__ == "__main__":
