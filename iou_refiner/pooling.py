@@ -24,13 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from iou_refiner import _portable, kernels
 from iou_refiner._checks import check_boxes, check_positive, check_same_device, check_vector
+from iou_refiner._operator import pool
 from iou_refiner.data import FeatureMaps
 
 
@@ -141,7 +140,7 @@ def prroi_pool(
         _check_index(name, index, boxes, count)
         # A negative index must not alias another map: it leaves the range for good.
         map_index = map_index + torch.where((index >= 0) & (index < count), index.long() * step, len(pyramid.sizes))
-    pooled: Tensor = _pool(
+    pooled: Tensor = pool(
         pyramid.table,
         pyramid.sizes,
         pyramid.offsets,
@@ -150,7 +149,8 @@ def prroi_pool(
         map_index.int(),
         output_size,
         0.5 if aligned else 0.0,
-    )
+        boxes.requires_grad and torch.is_grad_enabled(),
+    )[0]
     return pooled.permute(0, 3, 1, 2)
 
 
@@ -180,86 +180,3 @@ def _check_index(name: str, index: Tensor, boxes: Tensor, count: int) -> None:
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= count:
         raise IndexError(f"`{name}` must lie in [0, {count - 1}], got values from {low} to {high}.")
-
-
-# ---- The operator: one schema for every backend, known to torch.compile, autograd and opcheck. ----
-
-
-def _backend(table: Tensor) -> Any:
-    fit = kernels.is_available(table.device) and table.dtype in kernels.DTYPES
-    return kernels if fit else _portable
-
-
-@torch.library.custom_op("iou_refiner::prroi_pool", mutates_args=())
-def _pool(
-    table: Tensor,
-    sizes: Tensor,
-    offsets: Tensor,
-    strides: Tensor,
-    boxes: Tensor,
-    map_index: Tensor,
-    output_size: int,
-    shift: float,
-) -> Tensor:
-    out: Tensor = _backend(table).forward(table, sizes, offsets, strides, boxes, map_index, output_size, shift)
-    return out
-
-
-@torch.library.custom_op("iou_refiner::prroi_pool_grad_boxes", mutates_args=())
-def _grad_boxes(
-    grad: Tensor,
-    table: Tensor,
-    sizes: Tensor,
-    offsets: Tensor,
-    strides: Tensor,
-    boxes: Tensor,
-    map_index: Tensor,
-    shift: float,
-) -> Tensor:
-    out: Tensor = _backend(table).backward_boxes(grad, table, sizes, offsets, strides, boxes, map_index, shift)
-    return out
-
-
-@torch.library.custom_op("iou_refiner::prroi_pool_grad_table", mutates_args=())
-def _grad_table(
-    grad: Tensor,
-    table: Tensor,
-    sizes: Tensor,
-    offsets: Tensor,
-    strides: Tensor,
-    boxes: Tensor,
-    map_index: Tensor,
-    shift: float,
-) -> Tensor:
-    out: Tensor = _backend(table).backward_table(grad, table, sizes, offsets, strides, boxes, map_index, shift)
-    return out
-
-
-@_pool.register_fake
-def _(table, sizes, offsets, strides, boxes, map_index, output_size, shift):  # type: ignore[no-untyped-def]
-    return table.new_empty(boxes.shape[0], output_size, output_size, table.shape[1])
-
-
-@_grad_boxes.register_fake
-def _(grad, table, sizes, offsets, strides, boxes, map_index, shift):  # type: ignore[no-untyped-def]
-    return torch.empty_like(boxes)
-
-
-@_grad_table.register_fake
-def _(grad, table, sizes, offsets, strides, boxes, map_index, shift):  # type: ignore[no-untyped-def]
-    return torch.empty_like(table)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.shift = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, grad = ctx.saved_tensors, grad.contiguous()
-    grad_table = _grad_table(grad, *tensors, ctx.shift) if ctx.needs_input_grad[0] else None
-    grad_boxes = _grad_boxes(grad, *tensors, ctx.shift) if ctx.needs_input_grad[4] else None
-    return grad_table, None, None, None, grad_boxes, None, None, None
-
-
-_pool.register_autograd(_backward, setup_context=_save)
