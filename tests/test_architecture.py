@@ -15,8 +15,8 @@ PACKAGE, ADAPTERS = ROOT / "iou_refiner", ROOT / "adapters"
 # Each module may import only those before it.
 ORDER = (
     "_version", "_checks", "_files", "boxes", "data", "coco_data", "_json_stream", "coco_reading", "coco", "kernels",
-    "_taps", "_portable", "_operator", "pooling", "predictor", "jitter", "nms", "refine", "views", "extraction", "own",
-    "detectors",
+    "_taps", "_portable", "_operator", "pooling", "predictor", "jitter", "_soft_nms", "_suppression",
+    "_suppression_device", "nms", "refine", "views", "extraction", "own", "detectors",
     "targets", "losses", "training", "stage", "refiner", "rescoring", "findings", "nms_trace", "_results_checks",
     "validation", "evaluation", "ranking", "bootstrap", "tuning", "recipe", "demo_data", "demo_detector",
     "demo_picture", "demo", "doctor", "_console", "cli", "__main__",
