@@ -16,9 +16,19 @@ from torch import Tensor
 from iou_refiner._taps import Axes, Taps, chunks, slopes, up_to, weights
 
 
-def _widened(table: Tensor) -> Tensor:
+def _working(table: Tensor) -> torch.dtype:
     """embedding_bag wants weights of the table's dtype: half features are widened rather than weights rounded."""
-    return table.float() if table.dtype.itemsize < 4 else table
+    return torch.float32 if table.dtype.itemsize < 4 else table.dtype
+
+
+def _widened(table: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """The table in its working dtype, and the rows in it: of a half table only those that are touched."""
+    if table.dtype == _working(table):
+        return table, row
+    touched = torch.zeros(len(table), dtype=torch.bool, device=table.device).index_fill_(0, row.long(), True)
+    place = touched.cumsum(0, dtype=torch.int32) - 1
+    features = table.index_select(0, torch.nonzero(touched).flatten())
+    return features.to(_working(table)), place.index_select(0, row)
 
 
 def _mark_broken(values: Tensor, boxes: Tensor) -> Tensor:
@@ -57,27 +67,27 @@ def forward_keeping(
 
     Nothing is kept of more boxes than are handled at once; :func:`backward_boxes` finds their taps again.
     """
-    features, kept = _widened(table), nothing_kept(table)
+    dtype, kept = _working(table), nothing_kept(table)
     shape = (len(boxes), output_size, output_size, table.shape[1])
     out: Tensor | None = None
     for part, axes, taps in chunks(sizes, offsets, strides, boxes, map_index, output_size, shift):
         of_axes = weights(axes)
-        per_tap = taps.weights(of_axes.to(features.dtype))
-        bags = torch.embedding_bag(features, taps.row, taps.start, False, 0, False, per_tap)[0]
+        features, row = _widened(table, taps.row)
+        bags = torch.embedding_bag(features, row, taps.start, False, 0, False, taps.weights(of_axes.to(dtype)))[0]
         if part.stop - part.start == len(boxes):  # all in one piece: nothing is copied
             out = bags.view(shape)
-            kept = [*taps, _profile(axes, of_axes, output_size).to(features.dtype)] if keep else kept
+            kept = [*taps, _profile(axes, of_axes, output_size).to(dtype)] if keep else kept
         else:
-            out = features.new_empty(shape) if out is None else out
+            out = table.new_empty(shape, dtype=dtype) if out is None else out
             out[part] = bags.view(-1, *shape[1:])
-    out = features.new_empty(shape) if out is None else out
+    out = table.new_empty(shape, dtype=dtype) if out is None else out
     return _mark_broken(out, boxes).to(table.dtype), kept
 
 
 def nothing_kept(table: Tensor, size: Callable[[], int | torch.SymInt] = lambda: 0) -> list[Tensor]:
     """Tensors like those :func:`forward_keeping` keeps, of the lengths that ``size`` says."""
     kept = [table.new_empty(size(), dtype=torch.int32) for _ in Taps._fields]
-    return [*kept, _widened(table.new_empty(0)).new_empty(size(), 3)]
+    return [*kept, table.new_empty(size(), 3, dtype=_working(table))]
 
 
 def backward_boxes(
@@ -91,10 +101,10 @@ def backward_boxes(
     shift: float,
 ) -> Tensor:
     """Gradient to the boxes (R, 4), in pixels, from ``grad`` (R, P, P, C)."""
-    features, bins = _widened(table), grad.shape[1]
-    out = features.new_zeros(len(boxes), 4)
+    dtype, bins = _working(table), grad.shape[1]
+    out = table.new_zeros(len(boxes), 4, dtype=dtype)
     for part, axes, taps in chunks(sizes, offsets, strides, boxes, map_index, bins, shift):
-        out[part] = _to_boxes(grad[part], features, taps, _profile(axes, weights(axes), bins).to(features.dtype))
+        out[part] = _to_boxes(grad[part], table, taps, _profile(axes, weights(axes), bins).to(dtype))
     return _to_pixels(out, strides, boxes, map_index)
 
 
@@ -103,7 +113,7 @@ def backward_kept(
 ) -> Tensor:
     """:func:`backward_boxes` with the taps that :func:`forward_keeping` kept."""
     *taps, profile = kept
-    return _to_pixels(_to_boxes(grad, _widened(table), Taps(*taps), profile), strides, boxes, map_index)
+    return _to_pixels(_to_boxes(grad, table, Taps(*taps), profile), strides, boxes, map_index)
 
 
 def _to_pixels(by_cell: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor) -> Tensor:
@@ -115,14 +125,14 @@ def _profile(axes: Axes, of_axes: Tensor, bins: int) -> Tensor:
     return torch.stack([of_axes, *slopes(axes, bins)], 1)
 
 
-def _to_boxes(grad: Tensor, features: Tensor, taps: Taps, profile: Tensor) -> Tensor:
+def _to_boxes(grad: Tensor, table: Tensor, taps: Taps, profile: Tensor) -> Tensor:
     """Gradient to the boxes (R, 4), in cells: summed along x over each run, then along y over the runs of a box."""
-    bins = grad.shape[1]
+    bins, (features, row) = grad.shape[1], _widened(table, taps.row)
     # The inner product of each tap's feature row with its bin's gradient.
     inner = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad.reshape(-1, grad.shape[3]).to(features.dtype),
         features,
-        taps.row,
+        row,
         taps.start,
         taps.bin(),
         0,
@@ -147,7 +157,7 @@ def backward_table(
     shift: float,
 ) -> Tensor:
     """Gradient to the table (rows, C)."""
-    dtype = torch.float32 if table.dtype.itemsize < 4 else table.dtype
+    dtype = _working(table)
     out = torch.zeros_like(table, dtype=dtype)
     for part, axes, taps in chunks(sizes, offsets, strides, boxes, map_index, grad.shape[1], shift):
         upstream = grad[part].reshape(-1, grad.shape[3]).to(dtype)

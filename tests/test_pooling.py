@@ -481,6 +481,16 @@ def test_half_tables_are_pooled_in_float32_and_rounded_once(dtype: torch.dtype, 
     assert weights.levels[0].grad.dtype == dtype
 
 
+def test_of_a_half_table_only_the_rows_touched_are_widened() -> None:
+    table = random_map().to(torch.float16)[0].flatten(1).t().contiguous()
+    row = torch.tensor([7, 3, 3, 200], dtype=torch.int32)
+    features, place = _portable._widened(table, row)
+    assert features.dtype == torch.float32
+    assert len(features) == 3
+    assert torch.equal(features[place], table[row].float())
+    assert _portable._widened(table.float(), row)[1] is row
+
+
 def test_half_boxes_are_widened_before_any_geometry() -> None:
     boxes = torch.tensor([[100.0, 50, 203, 99]], dtype=torch.float16)
     features = maps_of(random_map(), strides=(16.0,))
@@ -506,6 +516,50 @@ def test_a_table_made_in_inference_mode_can_be_differentiated_later() -> None:
     prroi_pool(pyramid, boxes).sum().backward()
     assert boxes.grad is not None
     assert boxes.grad.any()
+
+
+def channels_last(feature: Tensor) -> Tensor:
+    return feature.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_one_level_in_channels_last_memory_is_not_copied(images: int) -> None:
+    feature = random_map(images=images)
+    last = channels_last(feature)
+    table = FeaturePyramid.from_maps(maps_of(last)).table
+    assert table.data_ptr() == last.data_ptr()
+    assert torch.equal(table, FeaturePyramid.from_maps(maps_of(feature)).table)
+    boxes, index = torch.tensor([[1.2, 2.3, 9.8, 7.1]]).repeat(images, 1), torch.arange(images)
+    for one, other in zip(*(prroi_pool(maps_of(f), boxes, image_index=index) for f in (feature, last)), strict=True):
+        assert torch.equal(one, other)
+    with torch.inference_mode():  # but what an ascent could not use is
+        pyramid = FeaturePyramid.from_maps(maps_of(channels_last(feature) + 0))
+    prroi_pool(pyramid, boxes.requires_grad_(), image_index=index).sum().backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_narrowing_on_the_way_is_a_convolution_before(layout: torch.memory_format, images: int) -> None:
+    levels = [random_map(6, 9, 5, images), random_map(3, 4, 7, images, seed=1)]
+    layers = [torch.nn.Conv2d(level.shape[1], 4, 1) for level in levels]
+    maps = maps_of(*(level.contiguous(memory_format=layout) for level in levels), strides=(1.0, 2.0))
+    narrow = [(layer.weight.flatten(1), layer.bias) for layer in layers]
+    convolved = [layer(level) for layer, level in zip(layers, levels, strict=True)]
+    expected = FeaturePyramid.from_maps(maps_of(*convolved, strides=(1.0, 2.0)))
+    learning = FeaturePyramid.from_maps(maps, narrow)
+    with torch.no_grad():
+        given = FeaturePyramid.from_maps(maps, narrow)
+    for pyramid in (learning, given):
+        for field in ("table", "sizes", "offsets", "strides"):
+            torch.testing.assert_close(getattr(pyramid, field), getattr(expected, field))
+    assert not given.table.requires_grad
+    if not images:
+        return
+    weights = [parameter for layer in layers for parameter in layer.parameters()]
+    upstream = torch.randn_like(expected.table)
+    slopes = (torch.autograd.grad(table, weights, upstream) for table in (learning.table, expected.table))
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_making_a_table_keeps_the_grad_mode() -> None:
