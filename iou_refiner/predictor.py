@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,11 @@ class IoUPredictor(nn.Module):
                 f"{self.strides}; these features have {features.channels} channels at strides {features.strides}."
             )
         weight = self.output.weight  # cached features may lie on another device, or be stored in half precision
-        maps = [narrow(level.to(weight)) for narrow, level in zip(self.narrow, features.levels, strict=True)]
-        return FeaturePyramid.from_maps(FeatureMaps(tuple(maps), features.strides, features.image_sizes))
+        levels = tuple(level.to(weight) for level in features.levels)
+        # On the CPU a 1x1 convolution copies a map before it multiplies, and would leave another to be laid out.
+        layers: Iterable[nn.Module] = self.narrow if self.width else ()
+        narrow = [(layer.get_parameter("weight").flatten(1), layer.get_parameter("bias")) for layer in layers]
+        return FeaturePyramid.from_maps(FeatureMaps(levels, features.strides, features.image_sizes), narrow)
 
     def finest_level(self, boxes: Tensor) -> Tensor:
         """The finest of the levels each box is read from, (R,) int64.
