@@ -56,7 +56,7 @@ def tune(bench: Bench, own: float) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def record_of(bench: Bench, rows: dict[str, dict[str, Any]], own: float) -> dict[str, Any]:
-    """Every row of the table compared with the detector, what its stage says, and its median seconds an image."""
+    """Every row of the table compared with the detector, what its stage says, and its median CPU seconds an image."""
     stages: dict[str, Suppression] = {name: Stage(bench.head, **settings) for name, settings in rows.items()}
     if bench.head.regress:
         stages |= {f"regressor alone, {n} step{'s' * (n > 1)}": bench.regressor(own, n) for n in (1, 3)}
@@ -65,13 +65,13 @@ def record_of(bench: Bench, rows: dict[str, dict[str, Any]], own: float) -> dict
     found["isotonic class score"] = replace(before, score=bench.calibration()(before.score)), seconds
     return {
         name: compare(before, after, bench.truth).to_dict()
-        | {"summary": str(getattr(stages.get(name), "summary", "")), "seconds": seconds}
+        | {"summary": str(getattr(stages.get(name), "summary", "")), "cpu_seconds": seconds}
         for name, (after, seconds) in found.items()
     }
 
 
 def table_of(record: dict[str, Any], title: str) -> Table:
-    table = Table("", *METRICS, "AP: difference [95 %]", "AP50", "AP90", "s/image", title=title)
+    table = Table("", *METRICS, "AP: difference [95 %]", "AP50", "AP90", "CPU s/image", title=title)
     for name, row in record.items():
         values = [f"{100 * row['after']['metrics'][m]:.1f}" for m in METRICS]
         differences = [
@@ -79,7 +79,7 @@ def table_of(record: dict[str, Any], title: str) -> Table:
             for m in ("AP", "AP50", "AP90")
             for low, high in [row["intervals"][m]]
         ]
-        table.add_row(name, *values, *differences, f"{row['seconds']:.4f}")
+        table.add_row(name, *values, *differences, f"{row['cpu_seconds']:.4f}")
     return table
 
 
