@@ -166,7 +166,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
             ticks = sorted({row["at"] for row in rows})
             pane.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             pane.minorticks_off()
-        panes[0].legend(frameon=False)
+        figure.legend(*panes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
         figure.savefig(folder / f"scaling-{rows[0]['figure']}.svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
 
