@@ -114,7 +114,7 @@ def _cells(features: FeatureMaps) -> list[Tensor]:
 def _laid_out(features: FeatureMaps) -> Tensor:
     if len(features.levels) == 1:
         table = features.levels[0].permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-        return table.clone() if table.is_inference() else table
+        return table.clone() if not torch.compiler.is_compiling() and table.is_inference() else table
     return torch.cat(_cells(features) or [features.levels[0].new_zeros(0, features.channels[0])])
 
 
