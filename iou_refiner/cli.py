@@ -143,7 +143,7 @@ def train(
     views: int = 4,
     epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 2,
     batch_size: Annotated[int, Parameter(name=["--batch-size", "-b"])] = 8,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
     objective: Literal["bce", "smooth_l1"] = "bce",
     levels: int = 3,
     context: float = 1.5,

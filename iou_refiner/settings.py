@@ -11,7 +11,8 @@ from iou_refiner.predictor import IoUPredictor
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Suppress, move, suppress again, rescore.
+    """Suppress, move, suppress again, rescore. The defaults measured best on a detector whose class score knows
+    nothing of fit (docs/accuracy.md); ``train --val-ann`` finds what suits another.
 
     Args:
         nms: ``"iou"`` suppresses by predicted IoU (Algorithm 1), ``"greedy"`` by class score; both again after boxes
@@ -22,7 +23,8 @@ class StageSettings:
         rank_alpha: suppression ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
         moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
             none). A step is taken whatever the predicted IoU says of it: measured, that errs more than the step does.
-        steps: steps of the ascent; 0 takes none.
+        steps: steps of the ascent; 0 takes none. Beside regression it measured as no gain; a head that does not regress
+            takes 5 unless told otherwise.
         step_size, margin: see :func:`refine_boxes`.
         refine_top: boxes moved per image, best scores first.
         score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
@@ -32,15 +34,15 @@ class StageSettings:
         ValueError: a setting is out of range.
     """
 
-    nms: str = "iou"
-    nms_threshold: float = 0.5
-    rank_alpha: float = 0.75
+    nms: str = "soft"
+    nms_threshold: float = 0.8
+    rank_alpha: float = 0.5
     moves: int = 1
-    steps: int = 5
+    steps: int = 0
     step_size: float = 0.05
     margin: float = 0.0
     refine_top: int = 100
-    score_alpha: float = 0.0
+    score_alpha: float = 0.3
     max_detections: int = 100
 
     def __post_init__(self) -> None:
@@ -59,4 +61,5 @@ class StageSettings:
         known = [field.name for field in fields(cls)]
         for name in changes:
             check_choice("setting", name, known)
-        return cls(**{**head.recommended, **{name: value for name, value in changes.items() if value is not None}})
+        wanted = {name: value for name, value in changes.items() if value is not None}
+        return cls(**{"steps": 0 if head.regress else 5, **head.recommended, **wanted})

@@ -40,7 +40,7 @@ def fit(
     boxes_per_image: int = 96,
     candidate_share: float = 0.5,
     lowest_iou: float = 0.2,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
     weight_decay: float = 1e-4,
     seed: int = 0,
     output_dir: str | Path | None = None,
