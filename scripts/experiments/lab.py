@@ -46,6 +46,7 @@ from iou_refiner.training import fit, measure
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("IOU_REFINER_SHARED", ROOT.parent / "shared")) / "data" / "coco-person"
 ROWS = ROOT / "docs" / "results" / "experiments.jsonl"
+_LR = 5e-4  # of all recipes, whatever the default becomes
 AP = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 
 # Rank by IoU and score, score by both, move nothing: what every head is measured in, then with its boxes moved.
@@ -111,7 +112,7 @@ class Lab:
         seen = data.load(0)[0].features
         torch.manual_seed(seed)
         head = variant.make(seen.channels, seen.strides, detector=self.adapter.fingerprint(), **variant.head)
-        fit(head, data, epochs=epochs, seed=seed, **variant.fit, **variant.prepare(head))
+        fit(head, data, epochs=epochs, seed=seed, **{"lr": _LR, **variant.fit, **variant.prepare(head)})
         return head.eval()
 
     def ap(self, stage: Suppression) -> dict[str, float]:
@@ -198,6 +199,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True, help="feature cache; what is missing is extracted")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=2400, help="images every head sees in training")
+    parser.add_argument("--head", type=Path, help="ask this head instead of one for each seed; questions 5 to 7")
     parser.add_argument("--only", nargs="*", help="variants to run; default: all")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
@@ -226,8 +228,8 @@ def answer(
     """Measure all stages of a question with the default head of every seed, which is trained once and kept."""
     chosen = options(description)
     lab = Lab(chosen.detector, chosen.cache)
-    for seed in range(chosen.seeds):
-        path = chosen.cache / f"lab-head-{chosen.passes}-{seed}.safetensors"
+    for seed in range(1 if chosen.head else chosen.seeds):
+        path = chosen.head or chosen.cache / f"lab-head-{chosen.passes}-{seed}.safetensors"
         if not path.exists():
             lab.train_head(Variant(), seed, chosen.passes).save(path)
         head = IoUPredictor.load(path)
@@ -237,4 +239,5 @@ def answer(
             began = time.time()
             ap = lab.ap(stage)
             settings = asdict(stage.settings) if isinstance(stage, Stage) else {}
-            keep(question, chosen.detector, name, seed, began, settings | {"passes": chosen.passes}, {"stage": ap})
+            settings |= {"head": chosen.head.parent.name} if chosen.head else {"passes": chosen.passes}
+            keep(question, chosen.detector, name, seed, began, settings, {"stage": ap})
