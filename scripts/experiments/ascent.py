@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lab import CLIMBED, RANKED, REGRESSED, Lab, answer, climb
+from lab import SOFT, Lab, answer, climb
 from torch import Tensor
 
 from iou_refiner.boxes import clip_boxes, decode_boxes
@@ -21,22 +21,22 @@ from iou_refiner.stage import Stage
 _STARTS = 4
 _SPREAD = 0.05  # of the further starts, in relative coordinates
 
+_CLIMBED, _REGRESSED = SOFT | {"steps": 5, "step_size": 0.05}, SOFT | {"moves": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "no move": RANKED,
-    **{f"ascent, {steps} steps of .05": CLIMBED | {"steps": steps} for steps in (1, 2, 5, 10, 20)},
-    **{f"ascent, 5 steps of {size}": CLIMBED | {"step_size": size} for size in (0.01, 0.02, 0.1, 0.2)},
-    **{f"ascent, 5 steps of .05, margin {margin}": CLIMBED | {"margin": margin} for margin in (0.005, 0.01, 0.02)},
-    **{f"ascent, best {top} boxes": CLIMBED | {"refine_top": top} for top in (5, 20)},
-    **{f"regression, {moves} steps": REGRESSED | {"moves": moves} for moves in (1, 2, 3, 5)},
-    "regression, then 5 steps of .02": REGRESSED | {"steps": 5, "step_size": 0.02},
-    "regression, then 5 steps of .05": REGRESSED | {"steps": 5, "step_size": 0.05},
-    "2 of regression, then 5 steps of .02": REGRESSED | {"moves": 2, "steps": 5, "step_size": 0.02},
+    "no move": SOFT,
+    **{f"ascent, {steps} steps of .05": _CLIMBED | {"steps": steps} for steps in (1, 2, 5, 10, 20)},
+    **{f"ascent, 5 steps of {size}": _CLIMBED | {"step_size": size} for size in (0.02, 0.1)},
+    "ascent, 5 steps of .05, margin .01": _CLIMBED | {"margin": 0.01},
+    "ascent, best 20 boxes": _CLIMBED | {"refine_top": 20},
+    **{f"regression, {moves} steps": _REGRESSED | {"moves": moves} for moves in (1, 2, 3, 5)},
+    "regression, then 5 steps of .02": _REGRESSED | {"steps": 5, "step_size": 0.02},
+    "2 of regression, then 5 steps of .02": _REGRESSED | {"moves": 2, "steps": 5, "step_size": 0.02},
 }
 
 
 def moved_first(head: IoUPredictor, move: Any) -> Suppression:
     """Move every candidate, then rank and suppress."""
-    ranked = Stage(head, **RANKED)
+    ranked = Stage(head, **SOFT)
 
     def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         (found,) = candidates
@@ -46,13 +46,11 @@ def moved_first(head: IoUPredictor, move: Any) -> Suppression:
 
 
 def moved_last(head: IoUPredictor, move: Any) -> Suppression:
-    """Rank and suppress, then move what is left, and suppress what met."""
-    ranked = Stage(head, **RANKED)
+    """Thin the candidates, move what is left, then rank and suppress."""
+    thinned = Stage(head, **SOFT | {"nms": "iou", "score_alpha": 0.0})
 
     def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        (kept,) = ranked(features, candidates)
-        new = clip_boxes(move(features, kept), features.image_sizes[0])
-        return ranked(features, [kept.replace(boxes=new)])
+        return moved_first(head, move)(features, thinned(features, candidates))
 
     return stage
 

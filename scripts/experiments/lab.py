@@ -55,6 +55,8 @@ RANKED: dict[str, Any] = {
 }  # fmt: skip
 CLIMBED = RANKED | {"steps": 5, "step_size": 0.05}
 REGRESSED = RANKED | {"moves": 1}
+# The same, suppressed as the default does: what questions about the stage start from.
+SOFT = RANKED | {"nms": "soft", "nms_threshold": 0.8, "rank_alpha": 0.5}
 
 
 @dataclass(frozen=True)

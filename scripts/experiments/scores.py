@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab import RANKED, REGRESSED, Lab, answer
+from lab import RANKED, SOFT, Lab, answer
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
@@ -23,15 +23,18 @@ from iou_refiner.targets import TrainingSet, true_iou
 _DETECTOR = RANKED | {"nms": "greedy", "score_alpha": 0.0}
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
 _CALIBRATION_IMAGES = 200
+_MOVED = SOFT | {"moves": 1}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "the detector's own": _DETECTOR,
-    "Soft-NMS": _DETECTOR | {"nms": "soft"},
-    **{f"ranked, alpha {a}": RANKED | {"rank_alpha": a, "score_alpha": 0.0} for a in _ALPHAS},
-    **{f"scored, alpha {a}": _DETECTOR | {"score_alpha": a} for a in (0.15, 0.3, 0.5, 0.75, 1.0)},
-    **{f"ranked .75, scored {a}": RANKED | {"score_alpha": a} for a in (0.15, 0.3, 0.5, 0.75, 1.0)},
-    **{f"ranked .75, threshold {t}": RANKED | {"nms_threshold": t} for t in (0.4, 0.6, 0.7)},
-    **{f"regressed, ranked .75, scored {a}": REGRESSED | {"score_alpha": a} for a in (0.0, 0.15, 0.3, 0.5, 0.75)},
+    "Soft-NMS": _DETECTOR | {"nms": "soft", "nms_threshold": 1.0, "rank_alpha": 0.0},
+    **{f"IoU-guided NMS, α {a}": RANKED | {"rank_alpha": a, "score_alpha": 0.0} for a in _ALPHAS},
+    **{f"scored, α {a}": _DETECTOR | {"score_alpha": a} for a in (0.3, 0.5, 0.75, 1.0)},
+    **{f"IoU-guided NMS .75, scored {a}": RANKED | {"score_alpha": a} for a in (0.3, 0.5, 0.75)},
+    **{f"softly, ranked {a}": SOFT | {"rank_alpha": a, "score_alpha": 0.0} for a in (0.0, *_ALPHAS)},
+    **{f"softly, ranked .5, scored {a}": SOFT | {"score_alpha": a} for a in (0.3, 0.5, 0.75)},
+    **{f"the same, scored .3, first at {t}": SOFT | {"nms_threshold": t} for t in (0.6, 0.7, 0.9, 1.0)},
+    **{f"regressed, softly, ranked .5, scored {a}": _MOVED | {"score_alpha": a} for a in (0.0, 0.3, 0.5, 0.75)},
 }
 
 
@@ -57,7 +60,7 @@ def calibrated(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
     scores, predicted, truth = torch.cat(columns, 1)
     judged = torch.isfinite(truth)
     of_score, of_iou = (isotonic(column[judged], truth[judged]) for column in (scores, predicted))
-    detector, ranked = Stage(head, **_DETECTOR), Stage(head, **RANKED | {"score_alpha": 0.0})
+    detector, ranked = Stage(head, **_DETECTOR), Stage(head, **SOFT | {"score_alpha": 0.0})
 
     def by_score(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         (kept,) = detector(features, candidates)
@@ -68,7 +71,7 @@ def calibrated(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
         assert kept.ious is not None
         return [kept.replace(scores=kept.scores**0.7 * of_iou(kept.ious) ** 0.3)]
 
-    return {"isotonic map of the class score": by_score, "ranked .75, scored .3, IoU calibrated": by_product}
+    return {"isotonic map of the class score": by_score, "softly, ranked .5, scored .3, IoU calibrated": by_product}
 
 
 def questions(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
