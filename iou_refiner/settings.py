@@ -23,8 +23,7 @@ class StageSettings:
         rank_alpha: suppression ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
         moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
             none). A step is taken whatever the predicted IoU says of it: measured, that errs more than the step does.
-        steps: steps of the ascent; 0 takes none. Beside regression it measured as no gain; a head that does not regress
-            takes 5 unless told otherwise.
+        steps: steps of the ascent; 0 takes none.
         step_size, margin: see :func:`refine_boxes`.
         refine_top: boxes moved per image, best scores first.
         score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
@@ -38,8 +37,8 @@ class StageSettings:
     nms_threshold: float = 0.8
     rank_alpha: float = 0.5
     moves: int = 1
-    steps: int = 0
-    step_size: float = 0.05
+    steps: int = 5
+    step_size: float = 0.02
     margin: float = 0.0
     refine_top: int = 100
     score_alpha: float = 0.3
@@ -62,4 +61,4 @@ class StageSettings:
         for name in changes:
             check_choice("setting", name, known)
         wanted = {name: value for name, value in changes.items() if value is not None}
-        return cls(**{"steps": 0 if head.regress else 5, **head.recommended, **wanted})
+        return cls(**{**head.recommended, **wanted})

@@ -25,7 +25,8 @@ _TRIALS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}, {"nms": "none"}),
     ({"nms": "soft", "nms_threshold": 0.8}, {"nms": "soft", "nms_threshold": 1.0}),
     ({"rank_alpha": 0.25}, {"rank_alpha": 0.5}, {"rank_alpha": 0.75}, {"rank_alpha": 1.0}),
-    ({"moves": 1}, {"moves": 2}, {"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
+    ({"moves": 1}, {"moves": 2}),
+    ({"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
     ({"score_alpha": 0.3}, {"score_alpha": 0.5}, {"score_alpha": 0.7}),
 )
 # A gain of AP below this is taken for noise, and the simpler setting stays.

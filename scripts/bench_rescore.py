@@ -19,9 +19,9 @@ from iou_refiner.extraction import Extraction, extract_image, open_image
 from iou_refiner.rescoring import dump_candidates, rescore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import coco_person
+import small_detectors
 
-DATA = coco_person.MODELS.parent / "data" / "coco-person"
+DATA = small_detectors.MODELS.parent / "data" / "coco-person"
 
 
 class Recorded:
@@ -36,10 +36,10 @@ class Recorded:
 
 def rescoring(device: torch.device, images: int = 16) -> Iterator[Work]:
     """The whole run on the first test images, against the same run where detector and head answer from memory."""
-    if not (coco_person.MODELS / "frcnn_lite0.py").is_file() or not DATA.is_dir():
-        print(f"SKIPPED rescore: {coco_person.MODELS} and {DATA} are not both there", file=sys.stderr)
+    if not (small_detectors.MODELS / "frcnn_lite0.py").is_file() or not DATA.is_dir():
+        print(f"SKIPPED rescore: {small_detectors.MODELS} and {DATA} are not both there", file=sys.stderr)
         return
-    adapter = coco_person.faster_rcnn().to(device)
+    adapter = small_detectors.faster_rcnn().to(device)
     truth = read_ground_truth(DATA / "instances_test.json")
     truth = replace(truth, images=truth.images[:images])
     look = partial(extract_image, adapter, DATA / "images")
