@@ -166,11 +166,21 @@ def test_nothing_is_replaced_and_no_settings_are_mixed(
         script.main([*arguments, "--output", str(trained), "--lr", "0"])
 
 
+def step_on(script: ModuleType, detector: Any, box: list[float], folder: Path) -> float:
+    adapter = script.TorchvisionAdapter(detector.train(), longest_side=SIZE)
+    target = {"boxes": torch.tensor([box]), "labels": torch.ones(1, dtype=torch.int64)}
+    return float(script.Training(adapter, 4, 1e-3, folder, {}).step([torch.rand(3, SIZE, SIZE)], [target]))
+
+
+def test_boxes_keep_their_precision(script: ModuleType, tmp_path: Path) -> None:
+    """In bfloat16 this box has no width, and the way to it no logarithm."""
+    box = [50.01, 8.0, 50.09, 40.0]
+    assert torch.tensor(box).bfloat16().unique().tolist() == [8, 40, 50]
+    assert 0 < step_on(script, script.network(1, SIZE), box, tmp_path) < 20
+
+
 def test_a_loss_that_is_not_finite_is_reported(script: ModuleType, tmp_path: Path) -> None:
     detector = script.network(1, SIZE)
     detector.rpn.head.cls_logits.bias.data.fill_(torch.nan)
-    adapter = script.TorchvisionAdapter(detector.train(), longest_side=SIZE)
-    training = script.Training(adapter, 4, 1e-3, tmp_path, {})
-    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.ones(1, dtype=torch.int64)}
     with pytest.raises(DataError, match="The loss is nan"):
-        training.step([torch.rand(3, SIZE, SIZE)], [target])
+        step_on(script, detector, [8.0, 8, 40, 40], tmp_path)
