@@ -1,11 +1,11 @@
-"""The tables of docs/accuracy.md and of the README, from the records in docs/results.
+"""The tables of the README and of docs/, from the records in docs/results.
 
     python scripts/experiments/tables.py          # rewrites what stands between the marks
     python scripts/experiments/tables.py --check  # fails if a document says something else than the records
 
 ``<!-- table QUESTION DETECTOR -->`` to ``<!-- end -->`` holds the rows of the laboratory: means over seeds, with the
 standard deviation where there are several. ``<!-- gain NAME -->`` holds what ``scripts/gain.py --json`` wrote
-to docs/results/NAME.json.
+to docs/results/NAME.json, ``<!-- bench NAME OTHER -->`` what two runs of ``scripts/bench.py --json`` did.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 ROWS = RESULTS / "experiments.jsonl"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
-_MARKED = re.compile(r"(<!-- (table|gain) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "performance.md")
+_MARKED = re.compile(r"(<!-- (table|gain|bench) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 # Heading, where the figure stands in a row, factor, decimals.
@@ -105,6 +105,23 @@ def gain(name: str) -> str:
     return markdown(heading, body)
 
 
+def bench(name: str, other: str) -> str:
+    """How fast we are beside what would be used otherwise, in one run and the ratios of another."""
+    first, second = (json.loads((RESULTS / f"{run}.json").read_text()) for run in (name, other))
+    again = {row["name"]: row["ratio"] for row in second["rows"]}
+    body = [
+        [
+            row["name"], row["peer"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}", f"{again[row['name']]:.3f}", f"{row['limit']:g}",
+            "met" if max(row["ratio"], again[row["name"]]) <= row["limit"] else "**missed**",
+        ]
+        for row in first["rows"]
+    ]  # fmt: skip
+    return markdown(
+        ["work", "against", "ours, ms", "theirs, ms", "ratio", "10 to 90 %", "second run", "limit", ""], body
+    )
+
+
 def markdown(heading: list[str], body: list[list[str]]) -> str:
     """A table in Markdown, figures to the right."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *body]
@@ -113,7 +130,7 @@ def markdown(heading: list[str], body: list[list[str]]) -> str:
 
 def filled(document: str) -> str:
     """A document with every marked table made anew."""
-    make = {"table": table, "gain": gain}
+    make = {"table": table, "gain": gain, "bench": bench}
     return _MARKED.sub(lambda found: found[1] + make[found[2]](*found[3].split()) + found[4], document)
 
 
