@@ -143,11 +143,12 @@ def train(
     views: int = 4,
     epochs: Annotated[int, Parameter(name=["--epochs", "-e"])] = 2,
     batch_size: Annotated[int, Parameter(name=["--batch-size", "-b"])] = 8,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
     objective: Literal["bce", "smooth_l1"] = "bce",
     levels: int = 3,
     context: float = 1.5,
     width: int = 48,
+    mix: int = 32,
     hidden: tuple[int, ...] = (320, 256),
     class_aware: Annotated[bool, Parameter(negative=())] = False,
     boxes_per_image: int = 96,
@@ -172,6 +173,8 @@ def train(
         Side of the region the head sees over that of the box.
     width
         Channels after narrowing the feature maps.
+    mix
+        Channels of each pooled bin after its levels and channels are mixed; 0 mixes nothing.
     hidden
         Sizes of the fully connected layers.
     class_aware
@@ -198,7 +201,10 @@ def train(
     with console.progress() as progress:
         history = train_head(
             adapter, *data, output_dir=output_dir, cache=cache, views=views, seed=console.seed, resume=resume,
-            head={"objective": objective, "levels": levels, "context": context, "width": width, "hidden": hidden},
+            head={
+                "objective": objective, "levels": levels, "context": context,
+                "width": width, "mix": mix, "hidden": hidden,
+            },
             class_aware=class_aware, device=console.torch_device(), progress=progress, note=console.note,
             epochs=epochs, batch_size=batch_size, lr=lr,
             boxes_per_image=boxes_per_image, candidate_share=candidate_share,
@@ -241,7 +247,7 @@ def rescore(
     detections
         COCO results, best before suppression (see `dump`).
     nms
-        Suppress by predicted IoU, by class score, softly, or not at all.
+        Suppress by predicted IoU, by class score, by predicted IoU and then softly, or not at all.
     nms_threshold
         Overlap above which boxes of a class are one cluster.
     rank_alpha
@@ -358,7 +364,7 @@ def info(head: Path, *, console: Quiet) -> int:
     head
         Head made by `train`.
     """
-    from iou_refiner.predictor import read_metadata
+    from iou_refiner.head_file import read_metadata
 
     about = {name: part for name, part in read_metadata(head).items() if isinstance(part, dict)}
     lines = [f"{part}\n" + "\n".join(f"  {k}: {v}" for k, v in values.items()) for part, values in about.items()]

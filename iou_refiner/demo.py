@@ -35,13 +35,16 @@ from iou_refiner.stage import Stage
 #: Told of (phase, done, total).
 Progress = Callable[[str, int, int], None]
 
+_DETECTOR_ALONE: Mapping[str, Any] = {
+    "nms": "greedy", "nms_threshold": 0.5, "moves": 0, "steps": 0, "score_alpha": 0.0,
+}  # fmt: skip
 #: What the stage is asked to do, and the settings that do just that.
 STAGES: Mapping[str, Mapping[str, Any]] = {
-    "IoU-guided NMS": {"nms": "iou", "moves": 0, "steps": 0},
-    "refinement": {"nms": "greedy"},
-    "both": {"nms": "iou"},
+    "IoU-guided NMS": {**_DETECTOR_ALONE, "nms": "iou", "rank_alpha": 0.75},
+    "regression": {**_DETECTOR_ALONE, "moves": 1},
+    "ascent": {**_DETECTOR_ALONE, "steps": 5},
+    "the default": {},
 }
-_DETECTOR_ALONE: Mapping[str, Any] = {"nms": "greedy", "moves": 0, "steps": 0}
 # A smaller head than the default, fed few boxes of many images: it has half a minute, and a dozen backgrounds to learn
 # by heart if it is let. Settings of the predictor, and of its training.
 _HEAD: Mapping[str, Any] = {"width": 32, "hidden": (128, 128)}
@@ -81,7 +84,7 @@ class DemoResult:
     @property
     def about(self) -> str:
         """What the data is, and how well score and predicted IoU follow the true IoU."""
-        images = self.comparisons["both"].before.images
+        images = self.comparisons["the default"].before.images
         return (
             f"Data: {WHAT_IT_IS}. {images:,} test images.\n"
             f"Correlation with the true IoU, over the {self.predicted_iou.count:,} candidates above IoU 0.5: "
@@ -237,20 +240,20 @@ def _judge(
     """Measure on the files as they are written, so that the commands in README.txt say the same."""
     look = _remembering(partial(extract_image, adapter, folder / "data"))
     candidates = _stored(folder / "candidates.json", truth, dump_candidates(look, adapter.category_ids, truth))
-    every = {"nms": "none", "moves": 0, "steps": 0, "max_detections": max(len(candidates), 1)}
+    every = {**_DETECTOR_ALONE, "nms": "none", "max_detections": max(len(candidates), 1)}
     found = {}
     for number, (name, settings) in enumerate([("", _DETECTOR_ALONE), ("all", every), *STAGES.items()]):
         say("judging", number, len(STAGES) + 2)
         parts = rescore(look, adapter.category_ids, Stage(head, **settings), candidates, truth)
         found[name] = Results.concat(parts)
     before = _stored(folder / "before.json", truth, [found[""]])
-    found["both"] = _stored(folder / "after.json", truth, [found["both"]])
+    found["the default"] = _stored(folder / "after.json", truth, [found["the default"]])
     comparisons = {name: compare(before, found[name], truth, seed=seed) for name in STAGES}
     known = found["all"]
     fit = true_iou(known, truth)
     predicted = known.iou if known.iou is not None else fit[:0]
     result = DemoResult(comparisons, ranking(known.score, fit), ranking(predicted, fit))
-    save_picture(folder / "before_after.png", folder / "data", truth, before, found["both"], WHAT_IT_IS)
+    save_picture(folder / "before_after.png", folder / "data", truth, before, found["the default"], WHAT_IT_IS)
     _write(folder / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
     say("judging", len(STAGES) + 2, len(STAGES) + 2)
     return result

@@ -18,7 +18,7 @@ from iou_refiner.targets import Samples
 _MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object, and has a way to go
 _ORDERED = 0.1  # true IoU above which a box takes part in the order around its object
 _ORDER_TEMPERATURE = 0.1  # difference of IoU that makes a box e times as likely to be the one
-_ORDER_WEIGHT = 0.5
+ORDER_WEIGHT = 0.5
 
 
 def order_output(head: IoUPredictor) -> nn.Linear:
@@ -39,14 +39,15 @@ def total_loss(head: IoUPredictor, order: nn.Linear, read: Tensor, asked: Sample
         asked: the R boxes and their truth.
         image_index: (R,) the image of each.
     """
-    loss = _fit_loss(head, head.fit_of(read, asked.labels), asked.iou)
-    loss = loss + _ORDER_WEIGHT * _order_loss(order(read).float()[:, 0], asked, image_index)
+    loss = fit_loss(head, head.fit_of(read, asked.labels), asked.iou)
+    loss = loss + ORDER_WEIGHT * order_loss(order(read).float()[:, 0], asked, image_index)
     if head.regress:
-        loss = loss + _way_loss(head.way_of(read), asked)
+        loss = loss + way_loss(head.way_of(read), asked)
     return loss
 
 
-def _fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
+def fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
+    """Of the raw output (R,) to the true IoU (R,), by the head's objective. The mean over boxes."""
     if head.objective == "bce":
         loss = nn.functional.binary_cross_entropy_with_logits(raw, iou, reduction="sum")
     else:
@@ -54,16 +55,22 @@ def _fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
     return loss / max(len(iou), 1)
 
 
-def _order_loss(energy: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """Divergence from a distribution over the boxes that mean one object, ``exp(IoU / temperature)``, to that of the
-    energies: which of them fits best, whatever the object. The mean over objects.
+def order_loss(energy: Tensor, asked: Samples, image_index: Tensor, worth: Tensor | None = None) -> Tensor:
+    """Divergence from a distribution over the boxes that mean one object, ``exp(worth)``, to that of the energies:
+    which of them fits best, whatever the object. The mean over objects.
+
+    Args:
+        energy: (R,).
+        asked: the R boxes and their truth.
+        image_index: (R,) the image of each.
+        worth: (R,) of each box; default its IoU over a temperature.
     """
     rows = torch.nonzero(asked.iou > _ORDERED).flatten()
     if not len(rows):
         return energy.sum() * 0
     key = torch.cat([image_index[rows, None].to(asked.objects), asked.objects[rows]], 1)
     group = torch.unique(key, dim=0, return_inverse=True)[1]
-    wanted = _log_softmax(asked.iou[rows] / _ORDER_TEMPERATURE, group)
+    wanted = _log_softmax((asked.iou / _ORDER_TEMPERATURE if worth is None else worth)[rows], group)
     divergence: Tensor = (wanted.exp() * (wanted - _log_softmax(energy[rows], group))).sum()
     return divergence / (int(group.max()) + 1)
 
@@ -77,7 +84,7 @@ def _log_softmax(values: Tensor, group: Tensor) -> Tensor:
     return values - total.log()[group]
 
 
-def _way_loss(way: Tensor, asked: Samples) -> Tensor:
+def way_loss(way: Tensor, asked: Samples) -> Tensor:
     """Smooth-L1 on the way to the object, over the boxes that mean one: a box beside everything has nowhere to go."""
     rows = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
     wanted = encode_boxes(asked.objects[rows], asked.boxes[rows])

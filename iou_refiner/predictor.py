@@ -16,26 +16,23 @@ boxes further than the ascent does where there are few images to learn from, and
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from iou_refiner._checks import DataError, check_choice, check_positive
-from iou_refiner._files import write_whole
 from iou_refiner.boxes import decode_boxes
 from iou_refiner.data import FeatureMaps
+from iou_refiner.head_file import read_metadata, write_head
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
+from iou_refiner.trunk import Trunk
 
 OBJECTIVES = ("bce", "smooth_l1")
-_FORMAT = "iou-refiner head 3"
 # What regression has to predict is about this large, in relative coordinates (shifts, then log sizes): the output is in
 # these units, as in every R-CNN.
 WAY_SPREAD = (0.1, 0.1, 0.2, 0.2)
@@ -51,6 +48,7 @@ class IoUPredictor(nn.Module):
         strides: pixels per cell of each level.
         num_classes: 0 for one class-agnostic output; otherwise one output for each of the labels 0 to K - 1.
         width: channels after the narrowing; 0 pools the maps as they are (then all levels need equal channels).
+        mix: channels of each bin after its levels and channels are mixed; 0 mixes nothing, see :class:`Trunk`.
         hidden: sizes of the fully connected layers.
         output_size: bins per side of the pooling.
         context: side of the pooled region over that of the box, about the same centre. Above 1 the head also sees what
@@ -76,6 +74,7 @@ class IoUPredictor(nn.Module):
         *,
         num_classes: int = 0,
         width: int = 48,
+        mix: int = 32,
         hidden: Sequence[int] = (320, 256),
         output_size: int = 7,
         context: float = 1.5,
@@ -97,7 +96,8 @@ class IoUPredictor(nn.Module):
         if width == 0 and len(set(channels)) != 1:
             raise ValueError(f"`width=0` pools the maps as they are and needs equal channels, got {tuple(channels)}.")
         self.channels, self.strides = tuple(map(int, channels)), tuple(map(float, strides))
-        self.num_classes, self.width, self.hidden = int(num_classes), int(width), tuple(map(int, hidden))
+        self.num_classes, self.width = int(num_classes), int(width)
+        self.mix, self.hidden = int(mix), tuple(map(int, hidden))
         self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
         self.levels, self.objective = int(levels), objective
         self.detector, self.detector_name = detector, detector_name
@@ -107,13 +107,9 @@ class IoUPredictor(nn.Module):
         pooled = self.width or self.channels[0]
         self.narrow = nn.ModuleList(nn.Conv2d(c, self.width, 1) if self.width else nn.Identity() for c in self.channels)
         self._read_from = min(self.levels, len(self.channels))
-        sizes = [self._read_from * self.output_size**2 * pooled, *self.hidden]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
-        self.trunk = nn.Sequential(*layers)
-        self.output = nn.Linear(sizes[-1], max(self.num_classes, 1))
-        self.delta = nn.Linear(sizes[-1], 4) if regress else None
+        self.trunk = Trunk(self._read_from, self.output_size**2, pooled, mix=self.mix, hidden=self.hidden)
+        self.output = nn.Linear(self.trunk.out_features, max(self.num_classes, 1))
+        self.delta = nn.Linear(self.trunk.out_features, 4) if regress else None
         for output in (self.output, self.delta):
             if output is not None:
                 nn.init.normal_(output.weight, std=0.01)
@@ -133,8 +129,11 @@ class IoUPredictor(nn.Module):
                 f"{self.strides}; these features have {features.channels} channels at strides {features.strides}."
             )
         weight = self.output.weight  # cached features may lie on another device, or be stored in half precision
-        maps = [narrow(level.to(weight)) for narrow, level in zip(self.narrow, features.levels, strict=True)]
-        return FeaturePyramid.from_maps(FeatureMaps(tuple(maps), features.strides, features.image_sizes))
+        levels = tuple(level.to(weight) for level in features.levels)
+        # On the CPU a 1x1 convolution copies a map before it multiplies, and would leave another to be laid out.
+        layers: Iterable[nn.Module] = self.narrow if self.width else ()
+        narrow = [(layer.get_parameter("weight").flatten(1), layer.get_parameter("bias")) for layer in layers]
+        return FeaturePyramid.from_maps(FeatureMaps(levels, features.strides, features.image_sizes), narrow)
 
     def finest_level(self, boxes: Tensor) -> Tensor:
         """The finest of the levels each box is read from, (R,) int64.
@@ -182,17 +181,18 @@ class IoUPredictor(nn.Module):
         """What the trunk makes of each box, (R, hidden[-1]); arguments as :meth:`forward`."""
         if level is None:
             level = self.finest_level(boxes)
-        count = self._read_from
-        level = (level[:, None] + torch.arange(count, device=boxes.device)).flatten()
-        boxes, image_index = boxes.repeat_interleave(count, 0), image_index.repeat_interleave(count)
-        margin = (boxes[:, 2:] - boxes[:, :2]) * ((self.context - 1) / 2)
-        boxes = torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], 1)
+        count, margin = self._read_from, (boxes[:, 2:] - boxes[:, :2]) * ((self.context - 1) / 2)
+        seen = torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], 1)
         pooled = prroi_pool(
-            pyramid, boxes, image_index=image_index, level=level, output_size=self.output_size, aligned=self.aligned
+            pyramid,
+            seen.repeat(count, 1),  # level by level, so that what is pooled from one lies together
+            image_index=image_index.repeat(count),
+            level=torch.cat([level + step for step in range(count)]),
+            output_size=self.output_size,
+            aligned=self.aligned,
         )
-        # (R, levels * P * P * C), no copy; spelt out, for -1 has no meaning where there are no boxes.
-        pooled = pooled.permute(0, 2, 3, 1).reshape(len(boxes) // count, count * math.prod(pooled.shape[1:]))
-        read: Tensor = self.trunk(pooled)
+        rows = pooled.permute(0, 2, 3, 1).view(count, len(boxes), self.output_size**2, pooled.shape[1])
+        read: Tensor = self.trunk(rows)
         return read
 
     def fit_of(self, read: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -233,13 +233,7 @@ class IoUPredictor(nn.Module):
 
     def save(self, path: str | Path, **notes: Any) -> None:
         """Write weights and settings to a safetensors file, whole or not at all. ``notes`` (json) go along."""
-        if taken := {"format", "settings"} & notes.keys():
-            raise ValueError(f"`notes` may not be called {' or '.join(sorted(taken))}: the file needs these names.")
-        about = {"format": _FORMAT, "settings": self._settings(), **notes}
-        # One key: safetensors writes several in a random order, and the same head should give the same bytes.
-        metadata = {"iou_refiner": json.dumps(about, sort_keys=True)}
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole(Path(path), safetensors.torch.save(weights, metadata))
+        write_head(path, self._settings(), self.state_dict(), notes)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> IoUPredictor:
@@ -257,28 +251,8 @@ class IoUPredictor(nn.Module):
         return head.to(device).eval()
 
     def _settings(self) -> dict[str, object]:
-        names: tuple[str, ...] = ("channels", "strides", "num_classes", "width", "hidden", "output_size", "context")
-        names += ("levels", "aligned", "regress", "objective", "detector", "detector_name", "recommended")
+        names = list(inspect.signature(IoUPredictor).parameters)  # each is kept under its own name
         return {name: getattr(self, name) for name in names}
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What a head file says about itself (``settings`` and the notes it was saved with), without its weights.
-
-    Raises:
-        DataError: the file is missing, damaged, or not a head.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {}).get("iou_refiner", "{}"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Train a head with: iou-refiner train") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}).") from None
-    found = about.get("format") if isinstance(about, dict) else None
-    if found != _FORMAT:
-        raise DataError(f"{path}: not a head of this version (format {found!r}, need {_FORMAT!r}).")
-    return about
 
 
 def fingerprint(module: nn.Module) -> str:

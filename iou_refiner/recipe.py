@@ -11,7 +11,8 @@ import torch
 from iou_refiner.coco import GroundTruth
 from iou_refiner.detectors import detector_name
 from iou_refiner.extraction import Adapter, FeatureCache
-from iou_refiner.predictor import IoUPredictor, read_metadata
+from iou_refiner.head_file import read_metadata
+from iou_refiner.predictor import IoUPredictor
 from iou_refiner.targets import TrainingSet
 from iou_refiner.training import fit
 from iou_refiner.tuning import choose_settings

@@ -58,7 +58,7 @@ def dump_candidates(
         found = extraction.candidates.to("cpu")
         found = found[torch.isin(found.labels, labels)]
         found = found[found.scores.argsort(descending=True, stable=True)[:top]]
-        yield _to_results(image, extraction, found, shared)
+        yield to_results(image, extraction, found, shared)
 
 
 def rescore(
@@ -103,17 +103,25 @@ def rescore(
             source=torch.arange(len(part)),
         )
         (better,) = stage(extraction.features, [given])
-        yield _to_results(image, extraction, better.to("cpu"), shared, _kept_keys(part, stage, better))
+        yield to_results(image, extraction, better.to("cpu"), shared, _kept_keys(part, stage, better))
 
 
-def _to_results(
+def to_results(
     image: Image,
     extraction: Extraction,
     found: Detections,
     category_of: Mapping[int, int],
     extra: tuple[dict[str, Any], ...] | None = None,
 ) -> Results:
-    """Detections in the network frame as COCO records of an image."""
+    """Detections in the network frame as COCO records of an image; what clips to nothing is left out.
+
+    Args:
+        image: of the annotation.
+        extraction: its frame.
+        found: N detections.
+        category_of: category id of each label, from :func:`category_map`.
+        extra: other keys of each record.
+    """
     boxes = clip_boxes(extraction.frame.to_image(found.boxes.double()), (image.height, image.width))
     sound = valid_boxes(boxes).numpy()
     bbox = xyxy_to_xywh(boxes.numpy())

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iou_refiner._checks import check_choice, check_fraction, check_positive
 from iou_refiner.boxes import clip_boxes, valid_boxes
 from iou_refiner.data import Detections, FeatureMaps
 from iou_refiner.nms import iou_guided_nms, nms, soft_nms
 from iou_refiner.pooling import FeaturePyramid
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.refine import refine_boxes
+from iou_refiner.settings import StageSettings
 
 
 @dataclass
@@ -47,57 +47,6 @@ class Summary:
         if self.undone or self.unpredicted:
             parts.append(f"{self.undone:,} non-finite steps undone, {self.unpredicted:,} boxes without a prediction")
         return "; ".join(parts)
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """What a stage does, in the order in which it does it.
-
-    Args:
-        nms: ``"iou"`` suppresses by predicted IoU (Algorithm 1), ``"greedy"`` by class score, ``"soft"`` decays scores
-            (Soft-NMS), ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
-        nms_threshold: IoU above which boxes of one class are one cluster.
-        rank_alpha: IoU-guided NMS ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
-        moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
-            none). A step is taken whatever the predicted IoU says of it: measured, that errs more than the step does.
-        steps: steps of the ascent; 0 takes none.
-        step_size, margin: see :func:`refine_boxes`.
-        refine_top: boxes refined per image, best scores first.
-        score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
-        max_detections: detections per image.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    nms: str = "iou"
-    nms_threshold: float = 0.5
-    rank_alpha: float = 0.75
-    moves: int = 1
-    steps: int = 5
-    step_size: float = 0.05
-    margin: float = 0.0
-    refine_top: int = 100
-    score_alpha: float = 0.0
-    max_detections: int = 100
-
-    def __post_init__(self) -> None:
-        check_choice("nms", self.nms, ["iou", "greedy", "soft", "none"])
-        check_positive("step_size", self.step_size)
-        check_positive("max_detections", self.max_detections)
-        for name in ("nms_threshold", "rank_alpha", "score_alpha"):
-            check_fraction(name, getattr(self, name))
-        for name in ("moves", "steps", "refine_top", "margin"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
-
-    @classmethod
-    def of(cls, head: IoUPredictor, **changes: Any) -> StageSettings:
-        """The settings recommended for a head, with some exchanged; a change to None is no change."""
-        known = [field.name for field in fields(cls)]
-        for name in changes:
-            check_choice("setting", name, known)
-        return cls(**{**head.recommended, **{name: value for name, value in changes.items() if value is not None}})
 
 
 class Stage:
@@ -135,13 +84,13 @@ class Stage:
                 found.to(pyramid.table.device).replace(boxes=clip_boxes(found.boxes, size).to(pyramid.table.device))
                 for found, size in zip(candidates, features.image_sizes, strict=True)
             ]
-            found = self._predict(pyramid, given)
-            kept = [self._suppress(detections) for detections in found]
+            kept = [self._suppress(detections) for detections in self._predict(pyramid, given)]
             if self.moves_boxes:
                 kept = self._refine(pyramid, kept, features.image_sizes)
-                if self.settings.nms in ("iou", "greedy"):
-                    # Boxes that have come to rest on one object are one detection.
-                    kept = [self._suppress(detections) for detections in kept]
+            if self.settings.nms == "soft":
+                kept = [self._decay(detections) for detections in kept]
+            elif self.moves_boxes:
+                kept = [self._suppress(detections) for detections in kept]
             kept = [self._rescore(detections).to(features.device) for detections in kept]
         self.summary.images += len(features)
         self.summary.boxes += sum(map(len, candidates))
@@ -162,21 +111,23 @@ class Stage:
         return [c.replace(ious=iou) for c, iou in zip(candidates, pieces, strict=True)]
 
     def _suppress(self, found: Detections) -> Detections:
+        """One box of each cluster, with the cluster's highest class score."""
         found = found[torch.isfinite(found.boxes).all(1) & torch.isfinite(found.scores)]
-        threshold = self.settings.nms_threshold
-        if self.settings.nms == "iou":
-            rank = _fuse(found, self.settings.rank_alpha)
-            keep, scores = iou_guided_nms(found.boxes, found.scores, rank, found.labels, threshold=threshold)
-        elif self.settings.nms == "soft":
-            keep, scores = soft_nms(found.boxes, found.scores, found.labels, threshold=threshold)
-        elif self.settings.nms == "greedy":
-            keep = nms(found.boxes, found.scores, found.labels, threshold=threshold)
-            scores = found.scores[keep]
-        else:
-            keep, scores = torch.arange(len(found), device=found.scores.device), found.scores
-        found = found[keep].replace(scores=scores)
-        order = _fuse(found, self.settings.score_alpha).argsort(descending=True, stable=True)
-        return found[order[: self.settings.max_detections]]
+        if self.settings.nms == "none":
+            return found
+        if self.settings.nms == "greedy":
+            return found[nms(found.boxes, found.scores, found.labels, threshold=self.settings.nms_threshold)]
+        rank = _fuse(found, self.settings.rank_alpha)
+        keep, scores = iou_guided_nms(
+            found.boxes, found.scores, rank, found.labels, threshold=self.settings.nms_threshold
+        )
+        return found[keep].replace(scores=scores)
+
+    def _decay(self, found: Detections) -> Detections:
+        """Soft-NMS in the order of the rank: a box keeps the share of its class score that it keeps of its rank."""
+        rank = _fuse(found, self.settings.rank_alpha)
+        keep, left = soft_nms(found.boxes, rank, found.labels)
+        return found[keep].replace(scores=found.scores[keep] * (left / rank[keep]))
 
     def _refine(
         self, pyramid: FeaturePyramid, kept: list[Detections], image_sizes: tuple[tuple[int, int], ...]
@@ -208,12 +159,16 @@ class Stage:
         labels: Tensor,
         image_sizes: tuple[tuple[int, int], ...],
     ) -> tuple[Tensor, Tensor]:
-        for _ in range(self.settings.moves if self.head.regress else 0):
-            new = _clip(self.head.move(pyramid, boxes, image_index), image_index, image_sizes)
-            value = self.head.predict(pyramid, new, image_index, labels)
-            sound = torch.isfinite(value) & valid_boxes(new)
-            boxes, ious = torch.where(sound[:, None], new, boxes), torch.where(sound, value, ious)
-        return boxes, ious
+        moves = self.settings.moves if self.head.regress else 0
+        if not moves:
+            return boxes, ious
+        new = boxes
+        for _ in range(moves):
+            moved = _clip(self.head.move(pyramid, new, image_index), image_index, image_sizes)
+            new = torch.where(valid_boxes(moved)[:, None], moved, new)
+        value = self.head.predict(pyramid, new, image_index, labels)
+        sound = torch.isfinite(value)
+        return torch.where(sound[:, None], new, boxes), torch.where(sound, value, ious)
 
     def _ascend(
         self,
@@ -244,7 +199,7 @@ class Stage:
 
     def _rescore(self, kept: Detections) -> Detections:
         kept = kept.replace(scores=_fuse(kept, self.settings.score_alpha), ious=_ious(kept).nan_to_num(0.0))
-        return kept[kept.scores.argsort(descending=True, stable=True)]
+        return kept[kept.scores.argsort(descending=True, stable=True)[: self.settings.max_detections]]
 
 
 def _plain(features: FeatureMaps) -> FeatureMaps:

@@ -185,10 +185,11 @@ def sample_boxes(
     # to the image changes its IoU.
     iou = true_iou(all_boxes, all_labels, objects)
     judged = torch.nonzero(torch.isfinite(iou)).flatten()
-    return Samples(all_boxes, all_labels, iou, _best_object(all_boxes, all_labels, objects))[judged]
+    return Samples(all_boxes, all_labels, iou, best_object(all_boxes, all_labels, objects))[judged]
 
 
-def _best_object(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
+def best_object(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
+    """The object (R, 4) of its class that each box fits best; the box itself where the image has none."""
     if not len(objects.boxes):
         return boxes
     iou = pairwise_iou(boxes, objects.boxes) * (labels[:, None] == objects.labels)

@@ -24,6 +24,11 @@ from iou_refiner.targets import Samples, TrainingSet, collate, sample_boxes, tru
 _CALIBRATION_IMAGES = 32
 _WARM_UP = 0.05  # share of all steps
 
+#: Boxes of an image, drawn as :func:`sample_boxes` draws them.
+Sample = Callable[..., Samples]
+#: (head, order output, what was read of R boxes, the boxes and their truth, image of each) to a loss.
+Loss = Callable[[IoUPredictor, nn.Linear, Tensor, Samples, Tensor], Tensor]
+
 
 def fit(
     head: IoUPredictor,
@@ -35,11 +40,13 @@ def fit(
     boxes_per_image: int = 96,
     candidate_share: float = 0.5,
     lowest_iou: float = 0.2,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
     weight_decay: float = 1e-4,
     seed: int = 0,
     output_dir: str | Path | None = None,
     resume: bool = False,
+    sample: Sample = sample_boxes,
+    loss: Loss = total_loss,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``head`` in place: AdamW, linear warm-up, cosine to zero.
@@ -63,6 +70,8 @@ def fit(
         seed: of everything random but the head's initial weights.
         output_dir: where to keep ``last.pt`` (to resume from), ``metrics.jsonl`` and ``head.safetensors``.
         resume: go on from ``last.pt`` in ``output_dir`` if it is there.
+        sample: draws the boxes of an image, as :func:`sample_boxes` does.
+        loss: of a batch of them, as :func:`total_loss`.
         progress: called after each step with (step, steps in all, loss).
 
     Returns:
@@ -102,24 +111,25 @@ def fit(
             chosen = shuffled[step * batch_size : (step + 1) * batch_size]
             loaded = [train.load(index) for index in chosen]
             samples = [
-                sample_boxes(
+                sample(
                     extraction, objects, boxes_per_image,
                     candidate_share=candidate_share, lowest_iou=lowest_iou, generator=generator,
                 )
                 for extraction, objects in loaded
             ]  # fmt: skip
-            loss, count = _step(head, order, [extraction.features for extraction, _ in loaded], samples)
-            if count:
-                if not torch.isfinite(loss):
+            asked, image_index, pyramid = _batch(head, [extraction.features for extraction, _ in loaded], samples)
+            value = loss(head, order, head.read(pyramid, asked.boxes, image_index), asked, image_index)
+            if count := len(asked.iou):
+                if not torch.isfinite(value):
                     images = ", ".join(str(extraction.image_id) for extraction, _ in loaded)
-                    raise DataError(f"The loss is {loss.item()} on images {images}. Are their features finite?")
+                    raise DataError(f"The loss is {value.item()} on images {images}. Are their features finite?")
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                value.backward()
                 optimizer.step()
-                total, boxes = total + loss.item() * count, boxes + count
+                total, boxes = total + value.item() * count, boxes + count
             schedule.step()
             if progress:
-                progress(epoch * steps_per_epoch + step + 1, epochs * steps_per_epoch, loss.item())
+                progress(epoch * steps_per_epoch + step + 1, epochs * steps_per_epoch, value.item())
         head.eval()
         metrics = {"epoch": epoch + 1, "loss": total / max(boxes, 1), "seconds": time.perf_counter() - began}
         if val is not None:
@@ -162,16 +172,15 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
     }
 
 
-def _step(
-    head: IoUPredictor, order: nn.Linear, features: list[FeatureMaps], samples: list[Samples]
-) -> tuple[Tensor, int]:
-    """The loss over the boxes of a batch, and their number."""
+def _batch(
+    head: IoUPredictor, features: list[FeatureMaps], samples: list[Samples]
+) -> tuple[Samples, Tensor, FeaturePyramid]:
+    """The boxes of several images in one, the image of each (R,), and the images' encoded features."""
     device = head.output.weight.device
     asked, image_index = collate(samples)
-    asked, image_index = asked.to(device), image_index.to(device)
     # Images of different sizes share one table: each map keeps its own size, nothing is padded.
     pyramid = FeaturePyramid.concat([head.encode(maps) for maps in features])
-    return total_loss(head, order, head.read(pyramid, asked.boxes, image_index), asked, image_index), len(asked.iou)
+    return asked.to(device), image_index.to(device), pyramid
 
 
 @torch.no_grad()

@@ -17,15 +17,17 @@ from iou_refiner.rescoring import Look, dump_candidates, rescore
 from iou_refiner.stage import Stage
 
 # Greedy NMS by class score, nothing moved, nothing rescored: what a detector does by itself.
-_NOTHING: dict[str, Any] = {"nms": "iou", "rank_alpha": 0.0, "score_alpha": 0.0, "moves": 0, "steps": 0}
+_NOTHING: dict[str, Any] = {
+    "nms": "iou", "nms_threshold": 0.5, "rank_alpha": 0.0, "score_alpha": 0.0, "moves": 0, "steps": 0,
+}  # fmt: skip
 # Tried in this order, each from the best found so far.
 _TRIALS: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"nms_threshold": 0.5}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}, {"nms": "none"}),
-    ({"rank_alpha": 0.5}, {"rank_alpha": 0.75}, {"rank_alpha": 1.0}),
-    ({"moves": 1}, {"moves": 2}, {"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
-    ({"steps": 5, "step_size": 0.02},),
+    ({}, {"nms_threshold": 0.6}, {"nms_threshold": 0.7}, {"nms": "none"}),
+    ({"nms": "soft", "nms_threshold": 0.8}, {"nms": "soft", "nms_threshold": 1.0}),
+    ({"rank_alpha": 0.25}, {"rank_alpha": 0.5}, {"rank_alpha": 0.75}, {"rank_alpha": 1.0}),
+    ({"moves": 1}, {"moves": 2}),
+    ({"steps": 5, "step_size": 0.02}, {"steps": 5, "step_size": 0.05}),
     ({"score_alpha": 0.3}, {"score_alpha": 0.5}, {"score_alpha": 0.7}),
-    ({"nms": "soft"},),
 )
 # A gain of AP below this is taken for noise, and the simpler setting stays.
 _TRIFLE = 0.001
@@ -61,7 +63,7 @@ def choose_settings(
             progress("choosing settings", len(record), total)
         return metrics["AP"]
 
-    best: dict[str, Any] = _NOTHING
+    best = _NOTHING
     highest = -1.0
     for trials in _TRIALS:
         measured = [({**best, **trial}, ap({**best, **trial})) for trial in trials]

@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         work.check()
         laps = race(work.ours, work.theirs, now, args.seconds)
         ours, theirs = (statistics.median(column) for column in zip(*laps, strict=True))
-        ratios = sorted(one * work.times / (other + work.plus * one * work.times) for one, other in laps)
+        ratios = sorted(one / other for one, other in laps)
         low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
         yield Row(
             work.name, work.peer, ours * 1e3, theirs * 1e3, statistics.median(ratios), low, high, work.limit, len(laps)

@@ -28,18 +28,18 @@ def variants(own: float, alpha: float, settings: dict[str, Any]) -> dict[str, di
     keep = {"nms": "greedy", "nms_threshold": own, "moves": 0, "steps": 0, "margin": 0.0, "score_alpha": 0.0}
     guided = {"nms": "iou", "nms_threshold": settings["nms_threshold"], "rank_alpha": settings["rank_alpha"]}
     ascent = {"steps": settings["steps"], "step_size": settings["step_size"], "margin": settings["margin"]}
-    moving = {"moves": 1}
-    rescoring = {"score_alpha": alpha}
+    both = keep | {"score_alpha": alpha} | guided
     return {
         "detector": keep,
-        "Soft-NMS": keep | {"nms": "soft"},
-        "rescoring": keep | rescoring,
+        "Soft-NMS": keep | {"nms": "soft", "nms_threshold": 1.0, "rank_alpha": 0.0},
+        "rescoring": keep | {"score_alpha": alpha},
         "IoU-guided NMS": keep | guided,
         "ascent": keep | ascent,
-        "regression": keep | moving,
-        "rescoring + IoU-guided NMS": keep | rescoring | guided,
-        "the same + ascent": keep | rescoring | guided | ascent,
-        "the same + regression": keep | rescoring | guided | moving,
+        "regression": keep | {"moves": 1},
+        "rescoring + IoU-guided NMS": both,
+        "the same + ascent": both | ascent,
+        "the same + regression": both | {"moves": 1},
+        "the same + regression, softly": both | {"moves": 1, "nms": "soft", "nms_threshold": 0.8},
     }
 
 

@@ -191,7 +191,7 @@ class TestContract:
         """
         features, candidates, frames = case.adapter.extract(case.images)
         objects = [inside_largest(best(found).boxes) for found in in_image(features, candidates)]
-        stage = Stage(OracleHead(objects), nms="none", steps=15)
+        stage = Stage(OracleHead(objects), nms="none", steps=15, step_size=0.05, score_alpha=0.0)
 
         def still(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
             return [best(found) for found in in_image(features, candidates)]

@@ -15,8 +15,9 @@ PACKAGE, ADAPTERS = ROOT / "iou_refiner", ROOT / "adapters"
 # Each module may import only those before it.
 ORDER = (
     "_version", "_checks", "_files", "boxes", "data", "coco_data", "_json_stream", "coco_reading", "coco", "kernels",
-    "_portable", "pooling", "predictor", "jitter", "nms", "refine", "views", "extraction", "own", "detectors",
-    "targets", "losses", "training", "stage", "refiner", "rescoring", "findings", "nms_trace", "_results_checks",
+    "_taps", "_portable", "_operator", "pooling", "trunk", "head_file", "predictor", "jitter", "_soft_nms",
+    "_suppression", "_suppression_device", "nms", "refine", "views", "extraction", "own", "detectors", "targets",
+    "losses", "training", "settings", "stage", "refiner", "rescoring", "findings", "nms_trace", "_results_checks",
     "validation", "evaluation", "ranking", "bootstrap", "tuning", "recipe", "demo_data", "demo_detector",
     "demo_picture", "demo", "doctor", "_console", "cli", "__main__",
 )  # fmt: skip

@@ -246,7 +246,7 @@ def test_numbers_are_finite_and_survive_json(ran: Ran) -> None:
 def test_the_files_give_the_numbers_of_the_table(ran: Ran) -> None:
     truth = read_ground_truth(ran.folder / "data" / "test.json")
     before, after = (read_results(ran.folder / f"{name}.json") for name in ("before", "after"))
-    assert compare(before, after, truth, seed=5).to_dict() == ran.result.comparisons["both"].to_dict()
+    assert compare(before, after, truth, seed=5).to_dict() == ran.result.comparisons["the default"].to_dict()
     assert len({json.dumps(c.before.to_dict()) for c in ran.result.comparisons.values()}) == 1
 
 

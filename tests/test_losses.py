@@ -7,7 +7,7 @@ import torch
 
 from iou_refiner import IoUPredictor
 from iou_refiner.boxes import encode_boxes
-from iou_refiner.losses import _log_softmax, _order_loss, _way_loss, order_output, total_loss
+from iou_refiner.losses import _log_softmax, order_loss, order_output, total_loss, way_loss
 from iou_refiner.targets import Samples
 
 
@@ -29,31 +29,31 @@ def test_order_is_right_at_energies_that_differ_as_the_ious_do_and_wrong_elsewhe
     image = torch.zeros(5, dtype=torch.int64)
     # Whatever is added to the energies around one object, and whatever the energy of a box that means none.
     right = asked.iou / 0.1 + torch.tensor([3.0, 3, -7, -7, 50])
-    assert _order_loss(right, asked, image).item() == pytest.approx(0, abs=1e-5)
+    assert order_loss(right, asked, image).item() == pytest.approx(0, abs=1e-5)
     reversed_ = -asked.iou / 0.1
-    assert _order_loss(reversed_, asked, image) > _order_loss(torch.zeros(5), asked, image) > 0.1
+    assert order_loss(reversed_, asked, image) > order_loss(torch.zeros(5), asked, image) > 0.1
 
 
 def test_order_keeps_objects_of_different_images_apart():
     same = [0.0, 0, 9, 9]
     asked = samples([0.9, 0.4], [same, same])
     flat = torch.zeros(2)
-    assert _order_loss(flat, asked, torch.tensor([0, 0])) > 0.1
-    assert _order_loss(flat, asked, torch.tensor([0, 1])).item() == pytest.approx(0, abs=1e-6)
+    assert order_loss(flat, asked, torch.tensor([0, 0])) > 0.1
+    assert order_loss(flat, asked, torch.tensor([0, 1])).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_order_without_any_box_that_means_an_object_is_zero_and_has_a_gradient():
     energy = torch.zeros(2, requires_grad=True)
-    _order_loss(energy, samples([0.05, 0.0], [[0.0, 0, 9, 9]] * 2), torch.zeros(2, dtype=torch.int64)).backward()
+    order_loss(energy, samples([0.05, 0.0], [[0.0, 0, 9, 9]] * 2), torch.zeros(2, dtype=torch.int64)).backward()
     assert energy.grad.tolist() == [0, 0]
 
 
 def test_way_is_judged_only_where_a_box_means_an_object():
     asked = samples([0.8, 0.1], [[12.0, 12, 33, 44], [100.0, 100, 200, 200]])
     way = encode_boxes(asked.objects, asked.boxes).requires_grad_()
-    loss = _way_loss(way * torch.tensor([[1.0], [7.0]]), asked)
+    loss = way_loss(way * torch.tensor([[1.0], [7.0]]), asked)
     assert loss.item() == pytest.approx(0, abs=1e-6)
-    (way_gradient,) = torch.autograd.grad(_way_loss(way + 0.3, asked), way)
+    (way_gradient,) = torch.autograd.grad(way_loss(way + 0.3, asked), way)
     assert (way_gradient[0] > 0).all()
     assert (way_gradient[1] == 0).all()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,39 @@ from hypothesis import strategies as st
 from reference import box_iou, iou_guided_nms_reference, soft_nms_reference
 from torch import Tensor
 
-from iou_refiner import nms as nms_module
-from iou_refiner.boxes import paired_iou
+from iou_refiner import _suppression, _suppression_device
+from iou_refiner.boxes import valid_boxes
 from iou_refiner.nms import iou_guided_nms, nms, soft_nms
 
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True, scope="module", params=["on the CPU", "on a device"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test below holds for both implementations: in numpy, and in the torch operators that a device takes."""
+
+    def on_device(boxes: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
+        return _suppression_device.owners(torch.tensor(boxes), torch.tensor(labels), threshold).numpy()
+
+    def order_on_device(rank: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        return _suppression_device.order(torch.tensor(rank), torch.tensor(scores)).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "on a device":
+            patch.setattr(_suppression, "order", order_on_device)
+            patch.setattr(_suppression, "owners", on_device)
+        yield
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of pairs whose IoU is looked at, call by call."""
+    pairs: list[int] = []
+    in_numpy, in_torch = _suppression._iou, _suppression_device.paired_iou
+    monkeypatch.setattr(_suppression, "_iou", lambda *given: pairs.append(len(given[2])) or in_numpy(*given))
+    monkeypatch.setattr(_suppression_device, "paired_iou", lambda *two: pairs.append(len(two[0])) or in_torch(*two))
+    return pairs
+
 
 # Corners on a coarse grid: many equal boxes, touching edges, empty boxes, and IoUs that meet a threshold exactly.
 _grid = st.integers(0, 6).map(float)
@@ -218,7 +248,8 @@ def test_deciding_a_few_boxes_at_a_time_changes_nothing(seed: int, count: int, b
     rows = [tuple(box) for box in boxes.tolist()]
     expected = iou_guided_nms_reference(rows, scores.tolist(), ious.tolist(), labels.tolist(), threshold)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nms_module, "_CHUNK_PAIRS", budget)
+        patch.setattr(_suppression, "_CHUNK_PAIRS", budget)
+        patch.setattr(_suppression_device, "_CHUNK_PAIRS", budget)
         keep, merged = iou_guided_nms(boxes, scores, ious, labels, threshold=threshold)
     assert list(zip(keep.tolist(), merged.tolist(), strict=True)) == expected
 
@@ -227,25 +258,23 @@ def test_deciding_a_few_boxes_at_a_time_changes_nothing(seed: int, count: int, b
 @given(rows=st.lists(_row, min_size=1, max_size=20), threshold=_threshold)
 def test_every_partner_lies_in_the_window(rows: list[Any], threshold: float) -> None:
     boxes, _, _, labels = columns(rows)
-    order, begin, end = (part.tolist() for part in nms_module._windows(boxes, labels, threshold))
-    for place, row in enumerate(order):
-        partners = {
-            other
-            for other in range(len(boxes))
-            if labels[other] == labels[row]
-            and box_iou(tuple(boxes[row].tolist()), tuple(boxes[other].tolist())) > threshold
-        }
-        assert partners <= set(order[begin[place] : end[place]])
+    sound = torch.nonzero(valid_boxes(boxes)).flatten().numpy()
+    low, high = np.split(boxes[sound].double().numpy().T, 2)
+    with np.errstate(over="ignore"):
+        order, begin, end = _suppression.windows(low, high, labels[sound].numpy(), threshold)
+    in_torch = tuple(part.numpy() for part in _suppression_device.windows(boxes, labels, threshold))
+    for placed, first, last in ((sound[order], begin, end), in_torch):
+        for place, row in enumerate(placed):
+            partners = {
+                other
+                for other in range(len(boxes))
+                if labels[other] == labels[row]
+                and box_iou(tuple(boxes[row].tolist()), tuple(boxes[other].tolist())) > threshold
+            }
+            assert partners <= set(placed[first[place] : last[place]])
 
 
-def test_equal_boxes_are_not_all_paired(monkeypatch: pytest.MonkeyPatch) -> None:
-    tested: list[int] = []
-
-    def watched(a: Tensor, b: Tensor) -> Tensor:
-        tested.append(len(a))
-        return paired_iou(a, b)
-
-    monkeypatch.setattr(nms_module, "paired_iou", watched)
+def test_equal_boxes_are_not_all_paired(tested: list[int]) -> None:
     boxes, ranks = torch.tensor([[3.0, 4, 50, 60]]).repeat(20_000, 1), torch.linspace(0, 1, 20_000)
     keep, merged = iou_guided_nms(boxes, ranks.flip(0), ranks)
     assert keep.tolist() == [19_999]
@@ -253,15 +282,9 @@ def test_equal_boxes_are_not_all_paired(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(tested) <= 10 * 20_000
 
 
-def test_twenty_thousand_scattered_boxes_need_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    tested: list[int] = []
-
-    def watched(a: Tensor, b: Tensor) -> Tensor:
-        tested.append(len(a))
-        return paired_iou(a, b)
-
-    monkeypatch.setattr(nms_module, "paired_iou", watched)
-    monkeypatch.setattr(nms_module, "_CHUNK_PAIRS", 100_000)
+def test_twenty_thousand_scattered_boxes_need_no_matrix(tested: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (_suppression, _suppression_device):
+        monkeypatch.setattr(module, "_CHUNK_PAIRS", 100_000)
     boxes = random_boxes(20_000, field=20_000, size=30)
     ranks = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
     keep, _ = iou_guided_nms(boxes, ranks, ranks.flip(0))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import prroi_pool_gradient_reference, prroi_pool_reference, sampled_mean
 from torch import Tensor
 
-from iou_refiner import _portable, pooling
+from iou_refiner import _operator, _portable, _taps
 from iou_refiner.data import FeatureMaps
 from iou_refiner.pooling import FeaturePyramid, assign_levels, prroi_pool
 
@@ -281,6 +281,7 @@ def test_gradients_are_computed_only_where_asked(monkeypatch: pytest.MonkeyPatch
         patch.setattr(_portable, "backward_table", never)
         prroi_pool(maps_of(random_map()), boxes.requires_grad_()).sum().backward()
     monkeypatch.setattr(_portable, "backward_boxes", never)
+    monkeypatch.setattr(_portable, "backward_kept", never)
     feature = random_map().requires_grad_()
     prroi_pool(maps_of(feature), boxes.detach()).sum().backward()
     assert feature.grad is not None
@@ -296,6 +297,30 @@ def test_gradient_to_features_adds_up_over_boxes_images_and_levels() -> None:
         return prroi_pool(features, boxes, image_index=image, level=level, output_size=2)
 
     assert torch.autograd.gradcheck(pool, tuple(levels))
+
+
+def test_the_gradient_to_boxes_finds_the_taps_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, original = [], _taps._outer
+    monkeypatch.setattr(_taps, "_outer", lambda *arguments: built.append(1) or original(*arguments))
+    boxes = torch.tensor([[1.0, 2, 6, 7], [0.5, 3, 9, 8.2]])
+
+    def slope() -> Tensor:
+        built.clear()
+        point = boxes.clone().requires_grad_()
+        return torch.autograd.grad(prroi_pool(maps_of(random_map()), point).square().sum(), point)[0]
+
+    kept = slope()
+    assert len(built) == 1
+    # More boxes than are handled at once are worth no such memory.
+    monkeypatch.setattr(_taps, "_CHUNK_TAPS", 1)
+    found_again = slope()
+    assert len(built) > 2
+    torch.testing.assert_close(kept, found_again)
+    # And without a gradient nothing is kept.
+    monkeypatch.setattr(_portable, "_profile", None)
+    with torch.no_grad():
+        prroi_pool(maps_of(random_map()), boxes.requires_grad_())
+    prroi_pool(maps_of(random_map().requires_grad_()), boxes.detach())
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
@@ -338,7 +363,7 @@ def test_a_box_that_is_not_finite_pools_to_nan_and_disturbs_no_other(bad: float,
 
 
 def count_taps(boxes: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
-    taken, original = [], _portable._taps
+    taken, original = [], _taps._outer
 
     def counted(*arguments: Any) -> Any:
         taps = original(*arguments)
@@ -346,7 +371,7 @@ def count_taps(boxes: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
         return taps
 
     with monkeypatch.context() as patch:
-        patch.setattr(_portable, "_taps", counted)
+        patch.setattr(_taps, "_outer", counted)
         prroi_pool(maps_of(random_map(40, 60)), boxes)
     return sum(taken)
 
@@ -372,7 +397,7 @@ def test_cutting_the_work_changes_nothing(chunk: int, monkeypatch: pytest.Monkey
         return [pooled, *torch.autograd.grad(pooled.square().sum(), (feature, point))]
 
     whole = everything()
-    monkeypatch.setattr(_portable, "_CHUNK_TAPS", chunk)
+    monkeypatch.setattr(_taps, "_CHUNK_TAPS", chunk)
     for one, other in zip(whole, everything(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -456,6 +481,16 @@ def test_half_tables_are_pooled_in_float32_and_rounded_once(dtype: torch.dtype, 
     assert weights.levels[0].grad.dtype == dtype
 
 
+def test_of_a_half_table_only_the_rows_touched_are_widened() -> None:
+    table = random_map().to(torch.float16)[0].flatten(1).t().contiguous()
+    row = torch.tensor([7, 3, 3, 200], dtype=torch.int32)
+    features, place = _portable._widened(table, row)
+    assert features.dtype == torch.float32
+    assert len(features) == 3
+    assert torch.equal(features[place], table[row].float())
+    assert _portable._widened(table.float(), row)[1] is row
+
+
 def test_half_boxes_are_widened_before_any_geometry() -> None:
     boxes = torch.tensor([[100.0, 50, 203, 99]], dtype=torch.float16)
     features = maps_of(random_map(), strides=(16.0,))
@@ -483,6 +518,50 @@ def test_a_table_made_in_inference_mode_can_be_differentiated_later() -> None:
     assert boxes.grad.any()
 
 
+def channels_last(feature: Tensor) -> Tensor:
+    return feature.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_one_level_in_channels_last_memory_is_not_copied(images: int) -> None:
+    feature = random_map(images=images)
+    last = channels_last(feature)
+    table = FeaturePyramid.from_maps(maps_of(last)).table
+    assert table.data_ptr() == last.data_ptr()
+    assert torch.equal(table, FeaturePyramid.from_maps(maps_of(feature)).table)
+    boxes, index = torch.tensor([[1.2, 2.3, 9.8, 7.1]]).repeat(images, 1), torch.arange(images)
+    for one, other in zip(*(prroi_pool(maps_of(f), boxes, image_index=index) for f in (feature, last)), strict=True):
+        assert torch.equal(one, other)
+    with torch.inference_mode():  # but what an ascent could not use is
+        pyramid = FeaturePyramid.from_maps(maps_of(channels_last(feature) + 0))
+    prroi_pool(pyramid, boxes.requires_grad_(), image_index=index).sum().backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_narrowing_on_the_way_is_a_convolution_before(layout: torch.memory_format, images: int) -> None:
+    levels = [random_map(6, 9, 5, images), random_map(3, 4, 7, images, seed=1)]
+    layers = [torch.nn.Conv2d(level.shape[1], 4, 1) for level in levels]
+    maps = maps_of(*(level.contiguous(memory_format=layout) for level in levels), strides=(1.0, 2.0))
+    narrow = [(layer.weight.flatten(1), layer.bias) for layer in layers]
+    convolved = [layer(level) for layer, level in zip(layers, levels, strict=True)]
+    expected = FeaturePyramid.from_maps(maps_of(*convolved, strides=(1.0, 2.0)))
+    learning = FeaturePyramid.from_maps(maps, narrow)
+    with torch.no_grad():
+        given = FeaturePyramid.from_maps(maps, narrow)
+    for pyramid in (learning, given):
+        for field in ("table", "sizes", "offsets", "strides"):
+            torch.testing.assert_close(getattr(pyramid, field), getattr(expected, field))
+    assert not given.table.requires_grad
+    if not images:
+        return
+    weights = [parameter for layer in layers for parameter in layer.parameters()]
+    upstream = torch.randn_like(expected.table)
+    slopes = (torch.autograd.grad(table, weights, upstream) for table in (learning.table, expected.table))
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_making_a_table_keeps_the_grad_mode() -> None:
     features = maps_of(random_map().requires_grad_())
     assert FeaturePyramid.from_maps(features).table.requires_grad
@@ -501,18 +580,21 @@ def op_arguments() -> list[Any]:
 def test_the_operators_keep_their_promises_to_torch() -> None:
     arguments = op_arguments()
     grad = torch.randn(3, 2, 2, 2)
-    torch.library.opcheck(pooling._grad_boxes, (grad, *arguments, 0.5))
-    torch.library.opcheck(pooling._grad_table, (grad, *arguments, 0.5))
+    torch.library.opcheck(_operator._grad_table, (grad, *arguments, 0.5))
+    for keep in (True, False):
+        _, kept = _operator.pool(*arguments, 2, 0.5, keep)
+        torch.library.opcheck(_operator._grad_boxes, (grad, *arguments, 0.5, kept))
     arguments[0].requires_grad_()
     arguments[4].requires_grad_()
-    torch.library.opcheck(pooling._pool, (*arguments, 2, 0.5))
+    for keep in (True, False):
+        torch.library.opcheck(_operator.pool, (*arguments, 2, 0.5, keep))
 
 
 def test_the_operator_refuses_an_index_outside_its_maps() -> None:
     arguments = op_arguments()
     arguments[5] = torch.tensor([0, 1, 2], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"must lie in \[0, 1\]"):
-        pooling._pool(*arguments, 2, 0.5)
+        _operator.pool(*arguments, 2, 0.5, False)
 
 
 def test_compiles_without_a_graph_break() -> None:

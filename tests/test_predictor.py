@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from iou_refiner import predictor as predictor_module
 from iou_refiner._checks import DataError
 from iou_refiner.data import FeatureMaps
-from iou_refiner.predictor import IoUPredictor, fingerprint, read_metadata
+from iou_refiner.head_file import read_metadata
+from iou_refiner.predictor import IoUPredictor, fingerprint
 
 CHANNELS, STRIDES = (3, 5), (8.0, 16.0)
 
@@ -146,14 +147,18 @@ def test_the_gradient_to_the_boxes(levels: int) -> None:
     features = FeatureMaps(tuple(level.double() for level in features.levels), STRIDES, features.image_sizes)
     pyramid, (boxes, image) = head.encode(features), make_boxes(3)
     point = boxes.double().requires_grad_()
-    # forward() answers in float32, so the differences are taken of what it rounds.
-    (slope,) = torch.autograd.grad(head(pyramid, point, image).sum(), point)
+
+    def raw(at: Tensor) -> Tensor:  # forward() rounds to float32, which would drown the differences
+        return head.output(head.read(pyramid, at, image))[:, 0]
+
+    torch.testing.assert_close(head(pyramid, point, image), raw(point).float())
+    (slope,) = torch.autograd.grad(raw(point).sum(), point)
     for edge in range(4):
         step = torch.zeros(4, dtype=torch.float64)
-        step[edge] = 0.05
+        step[edge] = 1e-5
         with torch.no_grad():
-            difference = (head(pyramid, point + step, image) - head(pyramid, point - step, image)) / 0.1
-        torch.testing.assert_close(difference.double(), slope[:, edge], rtol=0.02, atol=1e-4)
+            difference = (raw(point + step) - raw(point - step)) / 2e-5
+        torch.testing.assert_close(difference, slope[:, edge], rtol=1e-5, atol=1e-8)
 
 
 def test_context_widens_the_box_about_its_centre() -> None:

@@ -10,6 +10,7 @@ from iou_refiner.boxes import paired_iou, pairwise_iou
 from iou_refiner.coco import Image, read_ground_truth
 from iou_refiner.detectors import as_adapter, detector_from_spec, installed_adapters
 from iou_refiner.extraction import extract_image
+from iou_refiner.nms import soft_nms
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,14 @@ def head() -> IoUPredictor:
     return IoUPredictor((4, 4), (1, 2), width=3, hidden=(16,), output_size=3).eval()
 
 
+# Algorithm 1, and the class score left alone.
+PLAIN = {"nms": "iou", "nms_threshold": 0.5, "rank_alpha": 0.75, "score_alpha": 0.0}
+
+
 class TestStage:
     def test_with_an_oracle_every_object_gets_one_box_that_fits(self, scene):
         features, candidates, objects, _, _ = scene
-        stage = Stage(OracleHead(objects), steps=30, step_size=0.1)
+        stage = Stage(OracleHead(objects), **PLAIN, steps=30, step_size=0.1)
         for kept, truth, given in zip(stage(features, candidates), objects, candidates, strict=True):
             assert len(kept) == len(truth)
             best = pairwise_iou(kept.boxes, truth).amax(1)
@@ -54,28 +59,46 @@ class TestStage:
     def test_each_part_alone(self, scene):
         features, candidates, objects, _, _ = scene
         oracle = OracleHead(objects)
-        plain = Stage(oracle, nms="greedy", steps=0)(features, candidates)
+        plain = Stage(oracle, **PLAIN | {"nms": "greedy"}, steps=0)(features, candidates)
         own = ToyDetector.own_suppression(features, candidates)
         for ours, theirs in zip(plain, own, strict=True):
             assert torch.equal(ours.boxes, theirs.boxes)
             assert torch.equal(ours.scores, theirs.scores)
-        guided = Stage(oracle, nms="iou", steps=0)(features, candidates)
+        guided = Stage(oracle, **PLAIN, steps=0)(features, candidates)
         assert sum(d.ious.amax() for d in guided) > sum(d.ious.amax() for d in plain)
         for ours, theirs, given in zip(guided, plain, candidates, strict=True):
             assert ours.ious.amax() >= theirs.ious.amax()
             assert ours.scores.max() == given.scores.max()  # the score of the cluster, not of the box
-        moved = Stage(oracle, nms="greedy", steps=5)(features, candidates)
+        moved = Stage(oracle, **PLAIN | {"nms": "greedy"}, steps=5)(features, candidates)
         for ours, theirs in zip(moved, plain, strict=True):
             assert set(ours.scores.tolist()) <= set(theirs.scores.tolist())
             assert ours.ious.mean() > theirs.ious.mean()
-        scored = Stage(oracle, nms="greedy", steps=0, score_alpha=0.5)(features, candidates)
+        scored = Stage(oracle, **PLAIN | {"nms": "greedy", "score_alpha": 0.5}, steps=0)(features, candidates)
         for ours in scored:
             assert (ours.scores.diff() <= 0).all()
             assert (ours.ious.diff() <= 0).sum() >= len(ours) - 2
         assert all(
             len(d) == len(c) for d, c in zip(Stage(oracle, nms="none")(features, candidates), candidates, strict=True)
         )
-        assert len(Stage(oracle, nms="soft", steps=0)(features, candidates)[0]) > len(plain[0])
+
+    def test_soft_suppression(self, scene):
+        features, candidates, objects, _, _ = scene
+        oracle = OracleHead(objects)
+        still = PLAIN | {"nms": "soft", "nms_threshold": 0.9, "moves": 0, "steps": 0}
+        classic = Stage(oracle, **still | {"nms_threshold": 1.0, "rank_alpha": 0.0})(features, candidates)
+        for ours, given in zip(classic, candidates, strict=True):
+            keep, scores = soft_nms(given.boxes, given.scores, given.labels)
+            assert torch.equal(ours.boxes, given.boxes[keep])
+            torch.testing.assert_close(ours.scores, scores)
+        guided = Stage(oracle, **still | {"nms": "iou"})(features, candidates)
+        ranked = Stage(oracle, **still)(features, candidates)
+        for ours, hard in zip(ranked, guided, strict=True):
+            before = {tuple(box): score for box, score in zip(hard.boxes.tolist(), hard.scores.tolist(), strict=True)}
+            share = ours.scores / torch.tensor([before[tuple(box)] for box in ours.boxes.tolist()])
+            assert share.max() <= 1 + 1e-6
+            assert share.min() < 0.9
+            # Whoever fits best keeps its whole score: nobody ranks above it.
+            assert share[ours.ious.argmax()].item() == pytest.approx(1)
 
     def test_source_joins_what_came_out_with_what_went_in(self, scene, head):
         features, candidates, _, _, _ = scene
@@ -112,9 +135,9 @@ class TestStage:
         features, candidates, _, _, _ = scene
         levels = tuple(level.clone() for level in features.levels)
         levels[0][1] = torch.nan
-        stage = Stage(head, score_alpha=0.5)
+        stage = Stage(head, **PLAIN | {"score_alpha": 0.5}, steps=5)
         out = stage(FeatureMaps(levels, (1, 2), features.image_sizes), candidates)
-        expected = Stage(head, nms="greedy", moves=0, steps=0)(features, candidates)[1]
+        expected = Stage(head, **PLAIN | {"nms": "greedy"}, moves=0, steps=0)(features, candidates)[1]
         assert torch.equal(out[1].boxes, expected.boxes)  # what the detector itself would have said
         assert torch.equal(out[1].scores, expected.scores)
         assert (out[1].ious == 0).all()

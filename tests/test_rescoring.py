@@ -44,7 +44,7 @@ def test_a_dump_is_the_candidates_in_image_pixels(scene):
 def test_nothing_to_do_changes_nothing(scene):
     truth, look, head, *_ = scene
     given = candidates(scene)
-    out = Results.concat(rescore(look, None, Stage(head, nms="none", moves=0, steps=0), given, truth))
+    out = Results.concat(rescore(look, None, Stage(head, nms="none", moves=0, steps=0, score_alpha=0.0), given, truth))
     assert len(out) == len(given)
     for image, rows in given.by_image().items():
         same = out.by_image()[image]

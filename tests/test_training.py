@@ -12,7 +12,8 @@ from iou_refiner import DataError, IoUPredictor, fit
 from iou_refiner.boxes import pairwise_iou
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.extraction import FeatureCache, extract_image
-from iou_refiner.predictor import read_metadata
+from iou_refiner.head_file import read_metadata
+from iou_refiner.losses import total_loss
 from iou_refiner.recipe import train_head
 from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet, sample_boxes, true_iou
@@ -157,6 +158,23 @@ class TestFit:
         assert history[-1]["loss"] < 0.95 * history[0]["loss"]
         assert history[-1]["mae"] < 0.6 * before
         assert history[-1]["pearson"] > 0.5
+
+    def test_boxes_and_loss_may_be_ones_own(self, toy):
+        _, truth, _, cache = toy
+        data, seen = TrainingSet(cache, truth), []
+
+        def sample(extraction, objects, count, **settings):
+            return sample_boxes(extraction, objects, count, **settings)[torch.tensor([0, 1])]
+
+        def loss(head, order, read, asked, image_index):
+            seen.append((len(asked.iou), image_index.unique().numel()))
+            return total_loss(head, order, read, asked, image_index) * 0
+
+        trained = head()
+        before = {name: value.clone() for name, value in trained.state_dict().items() if name.startswith("output")}
+        fit(trained, data, sample=sample, loss=loss, **SETTINGS | {"weight_decay": 0.0, "batch_size": 4})
+        assert set(seen) == {(8, 4)}
+        assert all(torch.equal(trained.state_dict()[name], value) for name, value in before.items())
 
     def test_same_seed_same_bytes(self, toy, tmp_path):
         _, truth, _, cache = toy

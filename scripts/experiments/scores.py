@@ -1,0 +1,83 @@
+"""Question 6: what to rank by, and what to score by. Boxes stay where they are, except where said.
+
+Asked of the same three heads as question 5. A setting for ranking does not touch the reported scores, and the other
+way round, so that moving boxes, choosing among them and scoring them are told apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lab import RANKED, SOFT, Lab, answer
+from scipy.optimize import isotonic_regression
+from torch import Tensor
+
+from iou_refiner.data import Detections, FeatureMaps
+from iou_refiner.extraction import Suppression
+from iou_refiner.predictor import IoUPredictor
+from iou_refiner.stage import Stage
+from iou_refiner.targets import TrainingSet, true_iou
+
+_DETECTOR = RANKED | {"nms": "greedy", "score_alpha": 0.0}
+_ALPHAS = (0.25, 0.5, 0.75, 1.0)
+_CALIBRATION_IMAGES = 200
+_MOVED = SOFT | {"moves": 1}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "the detector's own": _DETECTOR,
+    "Soft-NMS": _DETECTOR | {"nms": "soft", "nms_threshold": 1.0, "rank_alpha": 0.0},
+    **{f"IoU-guided NMS, α {a}": RANKED | {"rank_alpha": a, "score_alpha": 0.0} for a in _ALPHAS},
+    **{f"scored, α {a}": _DETECTOR | {"score_alpha": a} for a in (0.3, 0.5, 0.75, 1.0)},
+    **{f"IoU-guided NMS .75, scored {a}": RANKED | {"score_alpha": a} for a in (0.3, 0.5, 0.75)},
+    **{f"softly, ranked {a}": SOFT | {"rank_alpha": a, "score_alpha": 0.0} for a in (0.0, *_ALPHAS)},
+    **{f"softly, ranked .5, scored {a}": SOFT | {"score_alpha": a} for a in (0.3, 0.5, 0.75)},
+    **{f"the same, scored .3, first at {t}": SOFT | {"nms_threshold": t} for t in (0.6, 0.7, 0.9, 1.0)},
+    **{f"regressed, softly, ranked .5, scored {a}": _MOVED | {"score_alpha": a} for a in (0.0, 0.3, 0.5, 0.75)},
+}
+
+
+def isotonic(score: Tensor, truth: Tensor) -> Any:
+    """The increasing map of a score that is closest to the true IoU."""
+    order = score.argsort()
+    known = score[order].double().numpy()
+    fitted = isotonic_regression(truth[order].double().numpy()).x
+    return lambda asked: torch.from_numpy(np.interp(asked.double().numpy(), known, fitted)).float()
+
+
+def calibrated(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
+    """Class score, and predicted IoU, mapped to the true IoU they stand for on images of the train split."""
+    data = TrainingSet(lab.cache, lab.train)
+    columns = []
+    for index in torch.linspace(0, len(data) - 1, _CALIBRATION_IMAGES).long().tolist():
+        extraction, objects = data.load(index)
+        found = extraction.candidates
+        with torch.no_grad():
+            image = torch.zeros_like(found.labels)
+            predicted = head.predict(head.encode(extraction.features), found.boxes, image, found.labels)
+        columns.append(torch.stack([found.scores, predicted, true_iou(found.boxes, found.labels, objects)]))
+    scores, predicted, truth = torch.cat(columns, 1)
+    judged = torch.isfinite(truth)
+    of_score, of_iou = (isotonic(column[judged], truth[judged]) for column in (scores, predicted))
+    detector, ranked = Stage(head, **_DETECTOR), Stage(head, **SOFT | {"score_alpha": 0.0})
+
+    def by_score(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        (kept,) = detector(features, candidates)
+        return [kept.replace(scores=of_score(kept.scores))]
+
+    def by_product(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        (kept,) = ranked(features, candidates)
+        assert kept.ious is not None
+        return [kept.replace(scores=kept.scores**0.7 * of_iou(kept.ious) ** 0.3)]
+
+    return {"isotonic map of the class score": by_score, "softly, ranked .5, scored .3, IoU calibrated": by_product}
+
+
+def questions(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
+    """A stage for every variant."""
+    return {name: Stage(head, **settings) for name, settings in SETTINGS.items()} | calibrated(lab, head)
+
+
+if __name__ == "__main__":
+    answer("scores", questions, __doc__)

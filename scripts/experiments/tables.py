@@ -1,0 +1,147 @@
+"""The tables of the README and of docs/, from the records in docs/results.
+
+    python scripts/experiments/tables.py          # rewrites what stands between the marks
+    python scripts/experiments/tables.py --check  # fails if a document says something else than the records
+
+``<!-- table QUESTION DETECTOR -->`` to ``<!-- end -->`` holds the rows of the laboratory: means over seeds, with the
+standard deviation where there are several. ``<!-- gain NAME -->`` holds what ``scripts/gain.py --json`` wrote
+to docs/results/NAME.json, ``<!-- bench NAME OTHER -->`` what two runs of ``scripts/bench.py --json`` did.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+ROWS = RESULTS / "experiments.jsonl"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "performance.md")
+_MARKED = re.compile(r"(<!-- (table|gain|bench) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+# Heading, where the figure stands in a row, factor, decimals.
+Column = tuple[str, str, float, int]
+_TRAINED: tuple[Column, ...] = (
+    ("Pearson", "pearson", 1, 3),
+    ("regression: gain", "regression.gain", 100, 1),
+    ("worse %", "regression.worse", 100, 0),
+    ("ascent: gain", "ascent.gain", 100, 1),
+    ("worse %", "ascent.worse", 100, 0),
+    ("AP ranked", "ranked.AP", 1, 1),
+    ("+ ascent", "climbed.AP", 1, 1),
+    ("+ regression", "regressed.AP", 1, 1),
+    ("its AP50", "regressed.AP50", 1, 1),
+    ("AP90", "regressed.AP90", 1, 1),
+)
+_COST: Column = ("ms / 1,000 boxes", "ms_per_1000_boxes", 1, 0)
+_ASKED: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("AP", "AP50", "AP75", "AP90"))
+_GAIN_AT = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
+_BY_SIZE: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("APs", "APm", "APl"))
+
+
+def columns(question: str) -> tuple[Column, ...]:
+    """What a question is answered in."""
+    if question in ("ascent", "scores"):
+        return _ASKED
+    if question == "ceilings":
+        return _ASKED + _BY_SIZE
+    return (*_TRAINED, _COST) if question == "trunk" else _TRAINED
+
+
+def rows_of(question: str, detector: str) -> dict[str, list[Row]]:
+    """The rows of a question by variant, in the order in which they were first run."""
+    found: dict[str, list[Row]] = {}
+    for row in map(json.loads, ROWS.read_text().splitlines()):
+        if (row["question"], row["detector"]) == (question, detector):
+            found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def value_of(row: Row, path: str) -> float | None:
+    """A figure of a row, by its path; None where the row has none."""
+    value: Any = row
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def cell(rows: Iterable[Row], column: Column) -> str:
+    """Mean and standard deviation over seeds."""
+    _, path, factor, decimals = column
+    values = [factor * value for row in rows if (value := value_of(row, path)) is not None]
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(set(values)) > 1 else mean
+
+
+def table(question: str, detector: str) -> str:
+    """The answers to a question."""
+    variants = rows_of(question, detector)
+    wanted = columns(question)
+    body = [[variant, *(cell(rows, column) for column in wanted)] for variant, rows in variants.items()]
+    return markdown(["", *(heading for heading, *_ in wanted)], body)
+
+
+def gain(name: str) -> str:
+    """What each part of the stage adds to a detector."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    heading = ["", *_GAIN_AT, "ΔAP [95 %]", "ΔAP50", "ΔAP90"]
+    body = []
+    for variant, row in rows.items():
+        values = [f"{100 * row['after']['metrics'][metric]:.1f}" for metric in _GAIN_AT]
+        changes = [
+            "" if variant == "detector" else f"{100 * row['differences'][m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            for m in ("AP", "AP50", "AP90")
+            for low, high in [row["intervals"][m]]
+        ]
+        body.append([f"**{variant}**" if variant == "as chosen on val" else variant, *values, *changes])
+    return markdown(heading, body)
+
+
+def bench(name: str, other: str) -> str:
+    """How fast we are beside what would be used otherwise, in one run and the ratios of another."""
+    first, second = (json.loads((RESULTS / f"{run}.json").read_text()) for run in (name, other))
+    again = {row["name"]: row["ratio"] for row in second["rows"]}
+    body = [
+        [
+            row["name"], row["peer"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}", f"{again[row['name']]:.3f}", f"{row['limit']:g}",
+            "met" if max(row["ratio"], again[row["name"]]) <= row["limit"] else "**missed**",
+        ]
+        for row in first["rows"]
+    ]  # fmt: skip
+    return markdown(
+        ["work", "against", "ours, ms", "theirs, ms", "ratio", "10 to 90 %", "second run", "limit", ""], body
+    )
+
+
+def markdown(heading: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown, figures to the right."""
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def filled(document: str) -> str:
+    """A document with every marked table made anew."""
+    make = {"table": table, "gain": gain, "bench": bench}
+    return _MARKED.sub(lambda found: found[1] + make[found[2]](*found[3].split()) + found[4], document)
+
+
+def main() -> None:
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = filled(before)
+        if "--check" in sys.argv and after != before:
+            sys.exit(f"{path.name} and the records in docs/results disagree. Run {Path(__file__).name}.")
+        path.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
