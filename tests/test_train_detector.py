@@ -38,7 +38,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("rectangles")
     annotation, _ = make_dataset(folder, 12)
     data = ["--ann", annotation, "--val-ann", annotation, "--images", folder]
-    return [*map(str, data), "--size", str(SIZE), "--epochs", str(EPOCHS), "--lr", "2e-3"]
+    return [*map(str, data), "--size", str(SIZE), "--epochs", str(EPOCHS)]
 
 
 @pytest.fixture(scope="module")
