@@ -32,7 +32,9 @@ _GLOBAL = "Global options"
 
 Detector = Annotated[
     str,
-    Parameter(help="adapter:name, package.module:function or file.py:function, for example onnx:yolox.onnx."),
+    Parameter(
+        help="adapter:name, package.module:function or file.py:function[:argument], for example onnx:yolox.onnx."
+    ),
 ]
 Annotation = Annotated[Path, Parameter(name=["--ann"], help="COCO annotation of the images.")]
 Images = Annotated[Path, Parameter(help="Folder of the images.")]
