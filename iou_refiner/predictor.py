@@ -2,7 +2,7 @@
 
 Three pieces, cheapest first: a 1x1 convolution per level narrows the detector's frozen feature maps to a common width,
 once per image; Precise RoI Pooling reads a box from three successive levels, the finest of them the one FPN gives a box
-of its size; two fully connected layers turn that into an IoU.
+of its size; what the bins hold is mixed, and two fully connected layers turn it into an IoU.
 
 The paper pools one level of 256 channels into 2 x FC1024, and its first layer is 90 % of the cost of the refinement
 loop. Narrowing before pooling costs the same as after it (both are linear) but is paid once per image, not per box and

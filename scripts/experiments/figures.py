@@ -42,7 +42,7 @@ def correlation(candidates: np.ndarray, name: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     score, predicted, truth = candidates[:, candidates[2] > 0.5]
     for axis, values, label in zip(axes, (score, predicted), ("class score", "predicted IoU"), strict=True):
-        axis.hexbin(values, truth, gridsize=40, bins="log", cmap="Blues", mincnt=1, linewidths=0)
+        axis.hexbin(values, truth, gridsize=40, bins="log", cmap="Blues", mincnt=1, linewidths=0, rasterized=True)
         axis.set(xlabel=label, title=f"Pearson {np.corrcoef(values, truth)[0, 1]:.2f}", xlim=(0, 1))
     axes[0].set_ylabel("true IoU")
     save(figure, f"{name}-correlation")
