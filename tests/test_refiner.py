@@ -71,8 +71,11 @@ class TestStage:
             assert ours.scores.max() == given.scores.max()  # the score of the cluster, not of the box
         moved = Stage(oracle, **PLAIN | {"nms": "greedy"}, steps=5)(features, candidates)
         for ours, theirs in zip(moved, plain, strict=True):
-            assert set(ours.scores.tolist()) <= set(theirs.scores.tolist())
-            assert ours.ious.mean() > theirs.ious.mean()
+            # Some met on one object and are one now; of those that are left, each fits better than it did.
+            before = dict(zip(theirs.scores.tolist(), theirs.ious.tolist(), strict=True))
+            gain = ours.ious - torch.tensor([before[score] for score in ours.scores.tolist()])
+            assert gain.min() >= -1e-6
+            assert gain.max() > 0.01
         scored = Stage(oracle, **PLAIN | {"nms": "greedy", "score_alpha": 0.5}, steps=0)(features, candidates)
         for ours in scored:
             assert (ours.scores.diff() <= 0).all()
