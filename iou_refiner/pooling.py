@@ -39,8 +39,8 @@ class FeaturePyramid:
 
     Map ``image * num_levels + level`` of ``H x W`` cells is ``H * W`` consecutive rows of the table, row by row.
 
-    A float16 or bfloat16 table, from maps of that type, takes half the memory and is read at half the cost by the CUDA
-    kernels, which compute in float32. What it rounds, on random features, the result in its type: 2.9e-4 and 2.3e-3 of
+    A float16 or bfloat16 table, from maps of that type, takes half the memory, and the CUDA kernels read it as it is,
+    computing in float32. What it rounds, on random features, the result in its type: 2.9e-4 and 2.3e-3 of
     the values (root mean square), 2.9e-4 and 3.4e-3 of the largest gradient to a box. On the CPU it saves memory only:
     the rows under the boxes are widened at every call, which takes 1.4 to 1.8 times as long as a float32 table.
 

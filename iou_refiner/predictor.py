@@ -10,7 +10,7 @@ step. Finer levels than these three hold four times the cells each, and say noth
 keep; three levels at scales that go with the box also look alike to the layers behind, whatever its size.
 
 The second output, four numbers beside the IoU, is one step of box regression. It costs nothing beside the trunk, moves
-boxes further than the ascent does where there are few images to learn from, and the predicted IoU judges its result.
+boxes further than the ascent does where there are few images to learn from.
 """
 
 from __future__ import annotations

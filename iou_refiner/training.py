@@ -149,17 +149,7 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
         of the class score, and ``candidates``, their number; on all candidates ``pearson_all`` and ``mae_all``. NaN
         where there are none.
     """
-    columns: list[Tensor] = []
-    for index in range(len(dataset)):
-        extraction, objects = dataset.load(index)
-        found = extraction.candidates
-        with torch.no_grad():
-            pyramid = head.encode(extraction.features)
-            asked = found.to(pyramid.table.device)
-            index_of = torch.zeros_like(asked.labels)
-            predicted = head.predict(pyramid, asked.boxes, index_of, asked.labels).cpu()
-        columns.append(torch.stack([predicted, found.scores, true_iou(found.boxes, found.labels, objects)]))
-    predicted, scores, truth = torch.cat(columns, 1).double()
+    predicted, scores, truth = judgements(head, dataset).double()
     judged = torch.isfinite(truth)
     high = judged & (truth > above)
     return {
@@ -170,6 +160,19 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
         "pearson_all": _pearson(predicted[judged], truth[judged]),
         "candidates": int(high.sum()),
     }
+
+
+@torch.no_grad()
+def judgements(head: IoUPredictor, dataset: TrainingSet) -> Tensor:
+    """Predicted IoU, class score and true IoU of all candidates, (3, N); NaN where the truth cannot be known."""
+    columns: list[Tensor] = []
+    for index in range(len(dataset)):
+        extraction, objects = dataset.load(index)
+        found, pyramid = extraction.candidates, head.encode(extraction.features)
+        asked = found.to(pyramid.table.device)
+        predicted = head.predict(pyramid, asked.boxes, torch.zeros_like(asked.labels), asked.labels).cpu()
+        columns.append(torch.stack([predicted, found.scores, true_iou(found.boxes, found.labels, objects)]))
+    return torch.cat(columns, 1)
 
 
 def _batch(

@@ -1,6 +1,6 @@
 """Every speed the project promises, side by side with what it is measured against, in one run.
 
-    python scripts/bench.py --json bench.json          (about 5 minutes on 2 idle CPU cores; --only nms for some rows)
+    python scripts/bench.py --json bench.json          (2 to 3 minutes on 2 idle CPU cores; --only nms for some rows)
     python scripts/bench.py --device cuda
 
 Needs: pip install -e ".[torchvision]" ensemble-boxes rich. Ours and theirs are called in turns, so both meet the same

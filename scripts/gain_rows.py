@@ -43,6 +43,19 @@ def variants(own: float, alpha: float, settings: dict[str, Any]) -> dict[str, di
     }
 
 
+def rising_map(score: FloatArray, iou: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """The rising map from a score to the true IoU (NaN where unknown) that fits best, by isotonic regression."""
+    known = np.isfinite(iou)
+    order = np.argsort(score[known])
+    score, iou = score[known][order], iou[known][order]
+    fit = isotonic_regression(iou)
+    # Steps would make ties, and lose the order within them; lines between their centres make none.
+    steps = fit.blocks[:-1]
+    centers = np.add.reduceat(score, steps) / np.diff(fit.blocks)
+    x, y = np.r_[0.0, centers, 1.0], np.r_[0.0, fit.x[steps], 1.0]
+    return lambda scores: np.interp(scores, x, y)
+
+
 class Bench:
     """One detector, one head, one split of a data set, features from the cache."""
 
@@ -96,14 +109,7 @@ class Bench:
         found = [(seen.candidates, objects) for seen, objects in map(data.load, range(len(data)))]
         score = torch.cat([d.scores for d, _ in found]).double().numpy()
         iou = torch.cat([true_iou(d.boxes, d.labels, objects) for d, objects in found]).double().numpy()
-        order = np.argsort(score[np.isfinite(iou)])
-        score, iou = score[np.isfinite(iou)][order], iou[np.isfinite(iou)][order]
-        fit = isotonic_regression(iou)
-        # Steps would make ties, and lose the order within them; lines between their centres make none.
-        steps = fit.blocks[:-1]
-        centers = np.add.reduceat(score, steps) / np.diff(fit.blocks)
-        x, y = np.r_[0.0, centers, 1.0], np.r_[0.0, fit.x[steps], 1.0]
-        return lambda scores: np.interp(scores, x, y)
+        return rising_map(score, iou)
 
     def seconds(self, settings: dict[str, Any], images: int = 40) -> tuple[float, float]:
         """Median seconds an image of the detector and of the stage, interleaved."""

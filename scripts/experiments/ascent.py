@@ -5,6 +5,7 @@ Asked of the same three heads, each trained with the defaults; nothing is traine
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from iou_refiner.boxes import clip_boxes, decode_boxes
 from iou_refiner.data import Detections, FeatureMaps
 from iou_refiner.extraction import Suppression
 from iou_refiner.predictor import IoUPredictor
-from iou_refiner.refine import refine_boxes, refine_boxes_paper
+from iou_refiner.refine import refine_boxes_paper
 from iou_refiner.stage import Stage
 
 _STARTS = 4
@@ -47,21 +48,12 @@ def moved_first(head: IoUPredictor, move: Any) -> Suppression:
 
 def moved_last(head: IoUPredictor, move: Any) -> Suppression:
     """Thin the candidates, move what is left, then rank and suppress."""
-    thinned = Stage(head, **SOFT | {"nms": "iou", "score_alpha": 0.0})
+    thinned, rest = Stage(head, **SOFT | {"nms": "iou", "score_alpha": 0.0}), moved_first(head, move)
 
     def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        return moved_first(head, move)(features, thinned(features, candidates))
+        return rest(features, thinned(features, candidates))
 
     return stage
-
-
-def by_paper(head: IoUPredictor) -> Any:
-    """Algorithm 2 to the letter."""
-
-    def move(features: FeatureMaps, found: Detections) -> Tensor:
-        return climb(head, features, found, by=refine_boxes_paper)
-
-    return move
 
 
 def many_starts(head: IoUPredictor) -> Any:
@@ -84,14 +76,10 @@ def many_starts(head: IoUPredictor) -> Any:
 
 def questions(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
     """A stage for every variant."""
-
-    def ascend(features: FeatureMaps, found: Detections) -> Tensor:
-        return climb(head, features, found, by=refine_boxes)
-
     return {name: Stage(head, **settings) for name, settings in SETTINGS.items()} | {
-        "the paper's steps, in pixels": moved_last(head, by_paper(head)),
+        "the paper's steps, in pixels": moved_last(head, partial(climb, head, by=refine_boxes_paper)),
         "ascent from 4 starts": moved_last(head, many_starts(head)),
-        "ascent of all candidates, before suppression": moved_first(head, ascend),
+        "ascent of all candidates, before suppression": moved_first(head, partial(climb, head)),
     }
 
 

@@ -6,19 +6,22 @@ way round, so that moving boxes, choosing among them and scoring them are told a
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import numpy as np
 import torch
-from lab import RANKED, SOFT, Lab, answer
-from scipy.optimize import isotonic_regression
+from lab import RANKED, ROOT, SOFT, Lab, answer
 from torch import Tensor
 
 from iou_refiner.data import Detections, FeatureMaps
 from iou_refiner.extraction import Suppression
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.stage import Stage
-from iou_refiner.targets import TrainingSet, true_iou
+from iou_refiner.targets import TrainingSet
+from iou_refiner.training import judgements
+
+sys.path.append(str(ROOT / "scripts"))
+from gain_rows import rising_map
 
 _DETECTOR = RANKED | {"nms": "greedy", "score_alpha": 0.0}
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -38,38 +41,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def isotonic(score: Tensor, truth: Tensor) -> Any:
-    """The increasing map of a score that is closest to the true IoU."""
-    order = score.argsort()
-    known = score[order].double().numpy()
-    fitted = isotonic_regression(truth[order].double().numpy()).x
-    return lambda asked: torch.from_numpy(np.interp(asked.double().numpy(), known, fitted)).float()
-
-
 def calibrated(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
     """Class score, and predicted IoU, mapped to the true IoU they stand for on images of the train split."""
     data = TrainingSet(lab.cache, lab.train)
-    columns = []
-    for index in torch.linspace(0, len(data) - 1, _CALIBRATION_IMAGES).long().tolist():
-        extraction, objects = data.load(index)
-        found = extraction.candidates
-        with torch.no_grad():
-            image = torch.zeros_like(found.labels)
-            predicted = head.predict(head.encode(extraction.features), found.boxes, image, found.labels)
-        columns.append(torch.stack([found.scores, predicted, true_iou(found.boxes, found.labels, objects)]))
-    scores, predicted, truth = torch.cat(columns, 1)
-    judged = torch.isfinite(truth)
-    of_score, of_iou = (isotonic(column[judged], truth[judged]) for column in (scores, predicted))
+    data.items = data.items[:: len(data) // _CALIBRATION_IMAGES]
+    predicted, scores, truth = judgements(head, data).double().numpy()
+    of_score, of_iou = rising_map(scores, truth), rising_map(predicted, truth)
+
+    def mapped(by: Any, values: Tensor) -> Tensor:
+        return torch.from_numpy(by(values.double().numpy())).to(values)
+
     detector, ranked = Stage(head, **_DETECTOR), Stage(head, **SOFT | {"score_alpha": 0.0})
 
     def by_score(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         (kept,) = detector(features, candidates)
-        return [kept.replace(scores=of_score(kept.scores))]
+        return [kept.replace(scores=mapped(of_score, kept.scores))]
 
     def by_product(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         (kept,) = ranked(features, candidates)
         assert kept.ious is not None
-        return [kept.replace(scores=kept.scores**0.7 * of_iou(kept.ious) ** 0.3)]
+        return [kept.replace(scores=kept.scores**0.7 * mapped(of_iou, kept.ious) ** 0.3)]
 
     return {"isotonic map of the class score": by_score, "softly, ranked .5, scored .3, IoU calibrated": by_product}
 
