@@ -76,6 +76,8 @@ class Detections:
         scores: (N,) float class scores in [0, 1].
         labels: (N,) int64, the detector's own class numbers.
         ious: (N,) float predicted IoU in [0, 1], or None while nobody has predicted it.
+        worths: (N,) float in [0, 1], how boxes compare around one object (:meth:`IoUPredictor.worth`), or None. A stage
+            knows them; what it returns does not.
         source: (N,) int64, the row of the input each detection comes from, or None where nobody asked. It travels with
             the rows, so that what a stage returns can be joined with what it was given.
 
@@ -87,11 +89,12 @@ class Detections:
     scores: Tensor
     labels: Tensor
     ious: Tensor | None = None
+    worths: Tensor | None = None
     source: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_boxes("boxes", self.boxes)
-        for name in ("scores", "labels", "ious", "source"):
+        for name in ("scores", "labels", "ious", "worths", "source"):
             values = getattr(self, name)
             if values is not None:
                 check_vector(name, values, len(self.boxes), like="boxes")

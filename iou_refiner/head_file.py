@@ -14,7 +14,7 @@ from torch import Tensor
 from iou_refiner._checks import DataError
 from iou_refiner._files import write_whole
 
-_FORMAT = "iou-refiner head 3"
+_FORMAT = "iou-refiner head 4"
 
 
 def write_head(

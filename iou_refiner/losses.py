@@ -1,9 +1,11 @@
 """What the head is trained to do.
 
-Three losses share the trunk: the IoU itself; the way to the object, where the head regresses; and the *order* of the
-boxes around one object, an energy in the sense of Gustafsson et al. (ECCV 2020) learned as a distribution over them.
-Suppression and ascent live on that order, and an IoU that is right on average need not have it. The energy is an output
-of its own which only training has: through the trunk it improves the predicted IoU, and then it is no longer needed.
+Three losses share the trunk: the IoU itself; the *order* of the boxes around one object, an energy in the sense of
+Gustafsson et al. (ECCV 2020) learned as a distribution over them; and the way to the object. Suppression and ascent
+live on the order, and an IoU that is right on average need not have it.
+
+The IoU is that of a box which means an object. Whether it means one at all is what the class score says, and a head
+asked both learns mostly that (docs/accuracy.md, question 2).
 """
 
 from __future__ import annotations
@@ -15,32 +17,25 @@ from iou_refiner.boxes import encode_boxes
 from iou_refiner.predictor import WAY_SPREAD, IoUPredictor
 from iou_refiner.targets import Samples
 
-_MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object, and has a way to go
+_MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object: it has a fit, and a way to go
 _ORDERED = 0.1  # true IoU above which a box takes part in the order around its object
 _ORDER_TEMPERATURE = 0.1  # difference of IoU that makes a box e times as likely to be the one
-ORDER_WEIGHT = 0.5
+ORDER_WEIGHT = 2.0
 
 
-def order_output(head: IoUPredictor) -> nn.Linear:
-    """The energy output, beside those of the head."""
-    order = nn.Linear(head.output.in_features, 1).to(head.output.weight)
-    nn.init.zeros_(order.weight)
-    nn.init.zeros_(order.bias)
-    return order
-
-
-def total_loss(head: IoUPredictor, order: nn.Linear, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """The three losses together.
+def total_loss(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+    """The losses of all outputs the head has.
 
     Args:
         head: for its outputs and its objective.
-        order: from :func:`order_output`.
         read: (R, hidden[-1]), what the trunk made of the boxes.
         asked: the R boxes and their truth.
         image_index: (R,) the image of each.
     """
-    loss = fit_loss(head, head.fit_of(read, asked.labels), asked.iou)
-    loss = loss + ORDER_WEIGHT * order_loss(order(read).float()[:, 0], asked, image_index)
+    meant = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
+    loss = fit_loss(head, head.fit_of(read[meant], asked.labels[meant]), asked.iou[meant])
+    if head.order:
+        loss = loss + ORDER_WEIGHT * order_loss(head.energy_of(read), asked, image_index)
     if head.regress:
         loss = loss + way_loss(head.way_of(read), asked)
     return loss

@@ -9,8 +9,10 @@ loop. Narrowing before pooling costs the same as after it (both are linear) but 
 step. Finer levels than these three hold four times the cells each, and say nothing a bin of a seventh of the box could
 keep; three levels at scales that go with the box also look alike to the layers behind, whatever its size.
 
-The second output, four numbers beside the IoU, is one step of box regression. It costs nothing beside the trunk, moves
-boxes further than the ascent does where there are few images to learn from.
+Two more outputs cost nothing beside the trunk. The *energy* puts the boxes around one object in order: it has no unit
+and says nothing of boxes of different objects, but which of a cluster fits best, and which way leads uphill, it knows
+better than the IoU does. The *way*, four numbers, is one step of box regression, which moves boxes further than the
+ascent does where there are few images to learn from.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class IoUPredictor(nn.Module):
         levels: how many levels each box is read from: the one FPN gives it and the next coarser ones. 1 is the paper's;
             as many as there are, or more, reads every box from all.
         aligned: see :func:`prroi_pool`.
+        order: also learn the order of the boxes around one object, see :meth:`worth`.
         regress: also predict where a better box lies, see :meth:`move`.
         objective: what the output means, and so how :meth:`iou` maps it to [0, 1]: ``"bce"`` a logit,
             ``"smooth_l1"`` the paper's ``2 IoU - 1``.
@@ -80,6 +83,7 @@ class IoUPredictor(nn.Module):
         context: float = 1.5,
         levels: int = 3,
         aligned: bool = True,
+        order: bool = True,
         regress: bool = True,
         objective: str = "bce",
         detector: str = "",
@@ -101,7 +105,7 @@ class IoUPredictor(nn.Module):
         self.output_size, self.context, self.aligned = int(output_size), float(context), bool(aligned)
         self.levels, self.objective = int(levels), objective
         self.detector, self.detector_name = detector, detector_name
-        self.regress = bool(regress)
+        self.order, self.regress = bool(order), bool(regress)
         self.recommended: dict[str, Any] = dict(recommended or {})
 
         pooled = self.width or self.channels[0]
@@ -109,8 +113,9 @@ class IoUPredictor(nn.Module):
         self._read_from = min(self.levels, len(self.channels))
         self.trunk = Trunk(self._read_from, self.output_size**2, pooled, mix=self.mix, hidden=self.hidden)
         self.output = nn.Linear(self.trunk.out_features, max(self.num_classes, 1))
+        self.energy = nn.Linear(self.trunk.out_features, 1) if order else None
         self.delta = nn.Linear(self.trunk.out_features, 4) if regress else None
-        for output in (self.output, self.delta):
+        for output in (self.output, self.energy, self.delta):
             if output is not None:
                 nn.init.normal_(output.weight, std=0.01)
                 nn.init.zeros_(output.bias)
@@ -166,6 +171,26 @@ class IoUPredictor(nn.Module):
         """
         return self.fit_of(self.read(pyramid, boxes, image_index, level), labels)
 
+    def worth(
+        self,
+        pyramid: FeaturePyramid,
+        boxes: Tensor,
+        image_index: Tensor,
+        labels: Tensor | None = None,
+        level: Tensor | None = None,
+    ) -> Tensor:
+        """How each box compares with others around the same object, in [0, 1]: what suppression ranks by and the ascent
+        climbs. Arguments as :meth:`forward`.
+
+        Of a head that learned the order it is the sigmoid of the energy, else the predicted IoU.
+
+        Returns:
+            (R,) float32, differentiable in the boxes.
+        """
+        if self.energy is None:
+            return self.iou(self(pyramid, boxes, image_index, labels, level))
+        return self.energy_of(self.read(pyramid, boxes, image_index, level)).sigmoid()
+
     @torch.no_grad()
     def move(self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Better boxes (R, 4) for boxes (R, 4), by one step of regression; not clipped to the image.
@@ -204,6 +229,17 @@ class IoUPredictor(nn.Module):
             raise ValueError("`labels` must be given: this head predicts one IoU per class.")
         return out.gather(1, labels[:, None])[:, 0]
 
+    def energy_of(self, read: Tensor) -> Tensor:
+        """From what was :meth:`read`: the energy (R,), higher for the better of two boxes around one object.
+
+        Raises:
+            ValueError: the head was made with ``order=False``.
+        """
+        if self.energy is None:
+            raise ValueError("This head has no energy. Make one with `order=True` to learn the order of boxes.")
+        out: Tensor = self.energy(read).float()
+        return out[:, 0]
+
     def way_of(self, read: Tensor) -> Tensor:
         """From what was :meth:`read`: the way (R, 4) to a better box, in the relative coordinates of
         :func:`~iou_refiner.boxes.encode_boxes`.
@@ -221,15 +257,31 @@ class IoUPredictor(nn.Module):
         return raw.sigmoid() if self.objective == "bce" else torch.clamp((raw + 1) / 2, 0, 1)
 
     @torch.no_grad()
+    def judge(
+        self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted IoU (R,) and :meth:`worth` (R,) of any number of boxes, both in [0, 1], in bounded memory.
+
+        NaN where they cannot be predicted.
+        """
+        ious, worths = [boxes.new_zeros(0)], [boxes.new_zeros(0)]
+        for part in (slice(i, i + _CHUNK_BOXES) for i in range(0, len(boxes), _CHUNK_BOXES)):
+            asked = (pyramid, boxes[part], image_index[part])
+            named = None if labels is None else labels[part]
+            if self.energy is None:
+                ious.append(self.iou(self(*asked, named)))
+                worths.append(ious[-1])
+            else:
+                read = self.read(*asked)
+                ious.append(self.iou(self.fit_of(read, named)))
+                worths.append(self.energy_of(read).sigmoid())
+        return torch.cat(ious), torch.cat(worths)
+
     def predict(
         self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """Predicted IoU (R,) in [0, 1] of any number of boxes, in bounded memory. NaN where it cannot be predicted."""
-        pieces = [
-            self.iou(self(pyramid, boxes[part], image_index[part], None if labels is None else labels[part]))
-            for part in (slice(i, i + _CHUNK_BOXES) for i in range(0, len(boxes), _CHUNK_BOXES))
-        ]
-        return torch.cat(pieces) if pieces else boxes.new_zeros(0)
+        """Predicted IoU (R,) alone, of what :meth:`judge` gives."""
+        return self.judge(pyramid, boxes, image_index, labels)[0]
 
     def save(self, path: str | Path, **notes: Any) -> None:
         """Write weights and settings to a safetensors file, whole or not at all. ``notes`` (json) go along."""

@@ -105,10 +105,11 @@ class Stage:
 
     def _predict(self, pyramid: FeaturePyramid, candidates: list[Detections]) -> list[Detections]:
         boxes, image_index, labels = _flatten(candidates)
-        ious = self.head.predict(pyramid, boxes, image_index, labels)
+        ious, worths = self.head.judge(pyramid, boxes, image_index, labels)
         self.summary.unpredicted += int((~torch.isfinite(ious)).sum())
-        pieces = ious.split([len(c) for c in candidates])
-        return [c.replace(ious=iou) for c, iou in zip(candidates, pieces, strict=True)]
+        counts = [len(c) for c in candidates]
+        pieces = zip(candidates, ious.split(counts), worths.split(counts), strict=True)
+        return [c.replace(ious=iou, worths=worth) for c, iou, worth in pieces]
 
     def _suppress(self, found: Detections) -> Detections:
         """One box of each cluster, with the cluster's highest class score."""
@@ -117,7 +118,7 @@ class Stage:
             return found
         if self.settings.nms == "greedy":
             return found[nms(found.boxes, found.scores, found.labels, threshold=self.settings.nms_threshold)]
-        rank = _fuse(found, self.settings.rank_alpha)
+        rank = _fuse(found.scores, found.worths, self.settings.rank_alpha)
         keep, scores = iou_guided_nms(
             found.boxes, found.scores, rank, found.labels, threshold=self.settings.nms_threshold
         )
@@ -125,80 +126,64 @@ class Stage:
 
     def _decay(self, found: Detections) -> Detections:
         """Soft-NMS in the order of the rank: a box keeps the share of its class score that it keeps of its rank."""
-        rank = _fuse(found, self.settings.rank_alpha)
+        rank = _fuse(found.scores, found.worths, self.settings.rank_alpha)
         keep, left = soft_nms(found.boxes, rank, found.labels)
         return found[keep].replace(scores=found.scores[keep] * (left / rank[keep]))
 
     def _refine(
         self, pyramid: FeaturePyramid, kept: list[Detections], image_sizes: tuple[tuple[int, int], ...]
     ) -> list[Detections]:
-        """Regression, then ascent, of the best boxes of every image."""
+        """Regression, then ascent, of the best boxes of every image, judged anew where they come to rest."""
         best = [detections[detections.scores.argsort(descending=True, stable=True)] for detections in kept]
-        chosen = [detections[: self.settings.refine_top] for detections in best]
-        counts = [len(detections) for detections in chosen]
-        boxes, image_index, labels = _flatten(chosen)
-        start = torch.cat([_ious(detections) for detections in chosen])
-        current, ious = self._regress(pyramid, boxes, start, image_index, labels, image_sizes)
-        current, ious = self._ascend(pyramid, current, ious, image_index, labels, image_sizes)
-        self.summary.refined += len(boxes)
-        self.summary.moved += int((current != boxes).any(1).sum())
-        return [
-            detections.replace(
-                boxes=torch.cat([new, detections.boxes[len(new) :]]),
-                ious=torch.cat([iou, _ious(detections)[len(iou) :]]),
-            )
-            for detections, new, iou in zip(best, current.split(counts), ious.split(counts), strict=True)
-        ]
+        tops = [detections[: self.settings.refine_top] for detections in best]
+        start, image_index, labels = _flatten(tops)
+        boxes = self._regress(pyramid, start, image_index, image_sizes)
+        boxes = self._ascend(pyramid, boxes, image_index, labels, image_sizes)
+        ious, worths = self.head.judge(pyramid, boxes, image_index, labels)
+        moved = (boxes != start).any(1) & torch.isfinite(ious) & torch.isfinite(worths)
+        self.summary.refined += len(start)
+        self.summary.moved += int(moved.sum())
+        counts = [len(top) for top in tops]
+        pieces = zip(*(part.split(counts) for part in (moved, boxes, ious, worths)), strict=True)
+        return [_exchange(detections, *piece) for detections, piece in zip(best, pieces, strict=True)]
 
     def _regress(
-        self,
-        pyramid: FeaturePyramid,
-        boxes: Tensor,
-        ious: Tensor,
-        image_index: Tensor,
-        labels: Tensor,
-        image_sizes: tuple[tuple[int, int], ...],
-    ) -> tuple[Tensor, Tensor]:
-        moves = self.settings.moves if self.head.regress else 0
-        if not moves:
-            return boxes, ious
-        new = boxes
-        for _ in range(moves):
-            moved = _clip(self.head.move(pyramid, new, image_index), image_index, image_sizes)
-            new = torch.where(valid_boxes(moved)[:, None], moved, new)
-        value = self.head.predict(pyramid, new, image_index, labels)
-        sound = torch.isfinite(value)
-        return torch.where(sound[:, None], new, boxes), torch.where(sound, value, ious)
+        self, pyramid: FeaturePyramid, boxes: Tensor, image_index: Tensor, image_sizes: tuple[tuple[int, int], ...]
+    ) -> Tensor:
+        for _ in range(self.settings.moves if self.head.regress else 0):
+            moved = _clip(self.head.move(pyramid, boxes, image_index), image_index, image_sizes)
+            boxes = torch.where(valid_boxes(moved)[:, None], moved, boxes)
+        return boxes
 
     def _ascend(
         self,
         pyramid: FeaturePyramid,
         boxes: Tensor,
-        ious: Tensor,
         image_index: Tensor,
         labels: Tensor,
         image_sizes: tuple[tuple[int, int], ...],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         if not self.settings.steps:
-            return boxes, ious
+            return boxes
         level = self.head.finest_level(boxes)
 
         def score(moved: Tensor, rows: Tensor) -> Tensor:
-            raw = self.head(pyramid, moved, image_index[rows], labels[rows], level[rows])
-            return self.head.iou(raw)
+            return self.head.worth(pyramid, moved, image_index[rows], labels[rows], level[rows])
 
         result = refine_boxes(
             score, boxes, steps=self.settings.steps, step_size=self.settings.step_size, margin=self.settings.margin
         )
         self.summary.undone += result.undone
-        new, value = _clip(result.boxes, image_index, image_sizes), result.score.clone()
-        cut = torch.nonzero((new != result.boxes).any(1)).flatten()  # what was scored is not what is left of it
-        value[cut] = self.head.predict(pyramid, new[cut], image_index[cut], labels[cut])
-        better = result.moved & valid_boxes(new) & (value > ious)
-        return torch.where(better[:, None], new, boxes), torch.where(better, value, ious)
+        climbed, value = _clip(result.boxes, image_index, image_sizes), result.score.clone()
+        cut = torch.nonzero((climbed != result.boxes).any(1)).flatten()  # what was climbed is not what is left of it
+        value[cut] = self.head.judge(pyramid, climbed[cut], image_index[cut], labels[cut])[1]
+        better = result.moved & valid_boxes(climbed) & (value > result.start_score)
+        return torch.where(better[:, None], climbed, boxes)
 
     def _rescore(self, kept: Detections) -> Detections:
-        kept = kept.replace(scores=_fuse(kept, self.settings.score_alpha), ious=_ious(kept).nan_to_num(0.0))
+        ious = _known(kept.ious)
+        scores = _fuse(kept.scores, ious, self.settings.score_alpha)
+        kept = kept.replace(scores=scores, ious=ious.nan_to_num(0.0), worths=None)
         return kept[kept.scores.argsort(descending=True, stable=True)[: self.settings.max_detections]]
 
 
@@ -222,19 +207,31 @@ def _clip(boxes: Tensor, image_index: Tensor, image_sizes: tuple[tuple[int, int]
     return torch.minimum(boxes.clamp(min=0), sizes.repeat(1, 2))
 
 
-def _ious(detections: Detections) -> Tensor:
-    if detections.ious is None:
-        raise ValueError("These detections have no predicted IoU yet.")
-    return detections.ious
+def _exchange(found: Detections, chosen: Tensor, boxes: Tensor, ious: Tensor, worths: Tensor) -> Detections:
+    """Other boxes, IoUs and worths for the chosen (K,) bool of the first K detections."""
+    rows = torch.nonzero(chosen).flatten()
+
+    def exchanged(old: Tensor | None, new: Tensor) -> Tensor:
+        return _known(old).index_copy(0, rows, new[rows].to(_known(old)))
+
+    return found.replace(
+        boxes=exchanged(found.boxes, boxes), ious=exchanged(found.ious, ious), worths=exchanged(found.worths, worths)
+    )
 
 
-def _fuse(found: Detections, alpha: float) -> Tensor:
-    """``score^(1 - alpha) * iou^alpha`` (N,), exactly the one or the other at the ends.
+def _known(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError("These detections have not been judged by a head yet.")
+    return values
 
-    A box without a predicted IoU (NaN) is fused to its class score: it stands where the detector would have put it.
+
+def _fuse(scores: Tensor, by: Tensor | None, alpha: float) -> Tensor:
+    """``scores^(1 - alpha) * by^alpha`` (N,), exactly the one or the other at the ends.
+
+    A box that could not be judged (NaN) is fused to its class score: it stands where the detector would have put it.
     """
-    scores, ious = found.scores, _ious(found)
     if alpha == 0:
         return scores
-    fused = ious if alpha == 1 else scores.clamp(min=0) ** (1 - alpha) * ious.clamp(min=0) ** alpha
-    return torch.where(torch.isnan(ious), scores, fused)
+    judged = _known(by)
+    fused = judged if alpha == 1 else scores.clamp(min=0) ** (1 - alpha) * judged.clamp(min=0) ** alpha
+    return torch.where(torch.isnan(judged), scores, fused)

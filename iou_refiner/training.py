@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from iou_refiner._checks import DataError, check_fraction, check_positive
 from iou_refiner._files import replacing, write_whole
 from iou_refiner.data import FeatureMaps
-from iou_refiner.losses import order_output, total_loss
+from iou_refiner.losses import total_loss
 from iou_refiner.pooling import FeaturePyramid
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.targets import Samples, TrainingSet, collate, sample_boxes, true_iou
@@ -26,8 +26,8 @@ _WARM_UP = 0.05  # share of all steps
 
 #: Boxes of an image, drawn as :func:`sample_boxes` draws them.
 Sample = Callable[..., Samples]
-#: (head, order output, what was read of R boxes, the boxes and their truth, image of each) to a loss.
-Loss = Callable[[IoUPredictor, nn.Linear, Tensor, Samples, Tensor], Tensor]
+#: (head, what was read of R boxes, the boxes and their truth, image of each) to a loss.
+Loss = Callable[[IoUPredictor, Tensor, Samples, Tensor], Tensor]
 
 
 def fit(
@@ -95,11 +95,10 @@ def fit(
         "images": len(train),
     }  # fmt: skip
     steps_per_epoch = math.ceil(len(train) / batch_size)
-    order = order_output(head)
-    optimizer = torch.optim.AdamW([*head.parameters(), *order.parameters()], lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps_per_epoch * epochs))
     run = _Run(output_dir, settings)
-    history = run.resume(head, order, optimizer, schedule) if resume else []
+    history = run.resume(head, optimizer, schedule) if resume else []
     if not history:
         _calibrate(head, train)
     for epoch in range(len(history), epochs):
@@ -118,7 +117,7 @@ def fit(
                 for extraction, objects in loaded
             ]  # fmt: skip
             asked, image_index, pyramid = _batch(head, [extraction.features for extraction, _ in loaded], samples)
-            value = loss(head, order, head.read(pyramid, asked.boxes, image_index), asked, image_index)
+            value = loss(head, head.read(pyramid, asked.boxes, image_index), asked, image_index)
             if count := len(asked.iou):
                 if not torch.isfinite(value):
                     images = ", ".join(str(extraction.image_id) for extraction, _ in loaded)
@@ -135,7 +134,7 @@ def fit(
         if val is not None:
             metrics |= measure(head, val)
         history.append(metrics)
-        run.save(head, order, optimizer, schedule, history)
+        run.save(head, optimizer, schedule, history)
     if train.cache.adapter.fingerprint() != frozen:
         raise RuntimeError("The detector's weights changed while the head was trained; the head is not to be trusted.")
     return history
@@ -224,7 +223,7 @@ class _Run:
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, head: IoUPredictor, order: nn.Linear, optimizer: Any, schedule: Any) -> list[dict[str, float]]:
+    def resume(self, head: IoUPredictor, optimizer: Any, schedule: Any) -> list[dict[str, float]]:
         if not self.folder or not (self.folder / "last.pt").exists():
             return []
         state = torch.load(self.folder / "last.pt", weights_only=True, map_location=head.output.weight.device)
@@ -235,15 +234,12 @@ class _Run:
                 "resume with the same settings, or train into another folder."
             )
         head.load_state_dict(state["head"])
-        order.load_state_dict(state["order"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history: list[dict[str, float]] = state["history"]
         return history
 
-    def save(
-        self, head: IoUPredictor, order: nn.Linear, optimizer: Any, schedule: Any, history: list[dict[str, float]]
-    ) -> None:
+    def save(self, head: IoUPredictor, optimizer: Any, schedule: Any, history: list[dict[str, float]]) -> None:
         if not self.folder:
             return
         metrics = {name: value for name, value in history[-1].items() if name != "seconds"}  # same seed, same bytes
@@ -251,8 +247,7 @@ class _Run:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_whole(self.folder / "metrics.jsonl", lines.encode())
         state = {
-            "head": head.state_dict(), "order": order.state_dict(), "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
+            "head": head.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
             "history": history, "settings": self.settings,
         }  # fmt: skip
         with replacing(self.folder / "last.pt") as stream:

@@ -39,7 +39,7 @@ def refinement(device: torch.device) -> Iterator[Work]:
     level = assign_levels(boxes, STRIDES)
 
     def ours() -> Any:  # tolerance 0: every box goes all five steps
-        return refine_boxes(lambda b, r: head.iou(head(pyramid, b, index[r])), boxes, steps=5, tolerance=0.0)
+        return refine_boxes(lambda b, r: head.worth(pyramid, b, index[r]), boxes, steps=5, tolerance=0.0)
 
     @torch.no_grad()
     def theirs() -> Tensor:

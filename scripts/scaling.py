@@ -87,7 +87,7 @@ def by_steps() -> Iterator[Point]:
     with torch.no_grad():
         pyramid = head.encode(maps)
     for steps in (1, 2, 5, 10, 20):
-        ascent = partial(refine_boxes, lambda b, r: head.iou(head(pyramid, b, index[r])), boxes, tolerance=0.0)
+        ascent = partial(refine_boxes, lambda b, r: head.worth(pyramid, b, index[r]), boxes, tolerance=0.0)
         yield "steps", "steps of the ascent", "100 boxes refined", steps, partial(ascent, steps=steps)
 
 

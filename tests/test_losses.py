@@ -7,7 +7,7 @@ import torch
 
 from iou_refiner import IoUPredictor
 from iou_refiner.boxes import encode_boxes
-from iou_refiner.losses import _log_softmax, order_loss, order_output, total_loss, way_loss
+from iou_refiner.losses import _log_softmax, order_loss, total_loss, way_loss
 from iou_refiner.targets import Samples
 
 
@@ -58,11 +58,28 @@ def test_way_is_judged_only_where_a_box_means_an_object():
     assert (way_gradient[1] == 0).all()
 
 
+@pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("regress", [False, True])
-def test_every_output_learns_from_the_total(regress):
-    head = IoUPredictor((4,), (8,), width=2, hidden=(6,), output_size=2, regress=regress)
-    order, read = order_output(head), torch.randn(3, 6)
+def test_every_output_learns_from_the_total(order, regress):
+    head = IoUPredictor((4,), (8,), width=2, hidden=(6,), output_size=2, order=order, regress=regress)
     asked = samples([0.8, 0.5, 0.2], [[12.0, 12, 33, 44]] * 3)
-    total_loss(head, order, read, asked, torch.zeros(3, dtype=torch.int64)).backward()
-    outputs = [head.output, order, *([head.delta] if regress else [])]
-    assert all(output.weight.grad.abs().sum() > 0 for output in outputs)
+    total_loss(head, torch.randn(3, 6), asked, torch.zeros(3, dtype=torch.int64)).backward()
+    learned = {name for name, weight in head.named_parameters() if weight.grad is not None and weight.grad.abs().sum()}
+    expected = {"output"} | ({"energy"} if order else set()) | ({"delta"} if regress else set())
+    assert {name.partition(".")[0] for name in learned} == expected
+
+
+def test_the_iou_is_learned_from_boxes_that_mean_an_object_alone():
+    head = IoUPredictor((4,), (8,), width=2, hidden=(6,), output_size=2, order=False, regress=False)
+    read = torch.randn(3, 6, requires_grad=True)
+    total_loss(head, read, samples([0.8, 0.2, 0.4], [[12.0, 12, 33, 44]] * 3), torch.zeros(3)).backward()
+    assert read.grad.abs().sum(1).gt(0).tolist() == [True, False, True]
+
+
+def test_a_batch_without_any_box_that_means_an_object_costs_nothing_and_has_a_gradient():
+    head = IoUPredictor((4,), (8,), width=2, hidden=(6,), output_size=2)
+    read = torch.randn(2, 6, requires_grad=True)
+    loss = total_loss(head, read, samples([0.05, 0.0], [[0.0, 0, 9, 9]] * 2), torch.zeros(2, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert read.grad.abs().sum() == 0

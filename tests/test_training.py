@@ -166,9 +166,9 @@ class TestFit:
         def sample(extraction, objects, count, **settings):
             return sample_boxes(extraction, objects, count, **settings)[torch.tensor([0, 1])]
 
-        def loss(head, order, read, asked, image_index):
+        def loss(head, read, asked, image_index):
             seen.append((len(asked.iou), image_index.unique().numel()))
-            return total_loss(head, order, read, asked, image_index) * 0
+            return total_loss(head, read, asked, image_index) * 0
 
         trained = head()
         before = {name: value.clone() for name, value in trained.state_dict().items() if name.startswith("output")}

@@ -127,7 +127,9 @@ class OracleHead(IoUPredictor):
     """Knows the objects of each image: its "prediction" is the true IoU with the best of them."""
 
     def __init__(self, objects: list[torch.Tensor]):
-        super().__init__((4, 4), (1, 2), width=1, hidden=(2,), output_size=1, regress=False, objective="smooth_l1")
+        super().__init__(
+            (4, 4), (1, 2), width=1, hidden=(2,), output_size=1, order=False, regress=False, objective="smooth_l1"
+        )
         self.objects = objects
 
     def forward(self, pyramid, boxes, image_index, labels=None, level=None):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lab import SOFT, Lab, answer, climb
+from lab import BOTH, CLIMBED, RANKED, ByIoU, Lab, answer, climb
 from torch import Tensor
 
 from iou_refiner.boxes import clip_boxes, decode_boxes
@@ -22,22 +22,22 @@ from iou_refiner.stage import Stage
 _STARTS = 4
 _SPREAD = 0.05  # of the further starts, in relative coordinates
 
-_CLIMBED, _REGRESSED = SOFT | {"steps": 5, "step_size": 0.05}, SOFT | {"moves": 1}
+_REGRESSED = RANKED | {"moves": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "no move": SOFT,
-    **{f"ascent, {steps} steps of .05": _CLIMBED | {"steps": steps} for steps in (1, 2, 5, 10, 20)},
-    **{f"ascent, 5 steps of {size}": _CLIMBED | {"step_size": size} for size in (0.02, 0.1)},
-    "ascent, 5 steps of .05, margin .01": _CLIMBED | {"margin": 0.01},
-    "ascent, best 20 boxes": _CLIMBED | {"refine_top": 20},
+    "no move": RANKED,
+    **{f"ascent, {steps} steps of .05": CLIMBED | {"steps": steps} for steps in (1, 2, 5, 10, 20)},
+    **{f"ascent, 5 steps of {size}": CLIMBED | {"step_size": size} for size in (0.02, 0.1)},
+    "ascent, 5 steps of .05, margin .01": CLIMBED | {"margin": 0.01},
+    "ascent, best 20 boxes": CLIMBED | {"refine_top": 20},
     **{f"regression, {moves} steps": _REGRESSED | {"moves": moves} for moves in (1, 2, 3, 5)},
-    "regression, then 5 steps of .02": _REGRESSED | {"steps": 5, "step_size": 0.02},
-    "2 of regression, then 5 steps of .02": _REGRESSED | {"moves": 2, "steps": 5, "step_size": 0.02},
+    **{f"regression, then 5 steps of {size}": BOTH | {"step_size": size} for size in (0.02, 0.05)},
+    "regression, then 10 steps of .05": BOTH | {"steps": 10},
 }
 
 
 def moved_first(head: IoUPredictor, move: Any) -> Suppression:
     """Move every candidate, then rank and suppress."""
-    ranked = Stage(head, **SOFT)
+    ranked = Stage(head, **RANKED)
 
     def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         (found,) = candidates
@@ -48,7 +48,7 @@ def moved_first(head: IoUPredictor, move: Any) -> Suppression:
 
 def moved_last(head: IoUPredictor, move: Any) -> Suppression:
     """Thin the candidates, move what is left, then rank and suppress."""
-    thinned, rest = Stage(head, **SOFT | {"nms": "iou", "score_alpha": 0.0}), moved_first(head, move)
+    thinned, rest = Stage(head, **RANKED | {"nms": "iou", "score_alpha": 0.0}), moved_first(head, move)
 
     def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         return rest(features, thinned(features, candidates))
@@ -77,6 +77,7 @@ def many_starts(head: IoUPredictor) -> Any:
 def questions(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
     """A stage for every variant."""
     return {name: Stage(head, **settings) for name, settings in SETTINGS.items()} | {
+        "ascent, 5 steps of .05 up the IoU": Stage(ByIoU.of(head), **CLIMBED),
         "the paper's steps, in pixels": moved_last(head, partial(climb, head, by=refine_boxes_paper)),
         "ascent from 4 starts": moved_last(head, many_starts(head)),
         "ascent of all candidates, before suppression": moved_first(head, partial(climb, head)),

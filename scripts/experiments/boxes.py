@@ -42,8 +42,6 @@ VARIANTS = {
     "candidates only": Variant(fit={"candidate_share": 1.0}),
     "default, a quarter on policy": Variant(prepare=on_policy),
     "the image alone": Variant(views=(0,)),
-    "two windows": Variant(views=(2, 3)),
-    "half of the images": Variant(share=1 / 2),
     "a quarter of the images": Variant(share=1 / 4),
 }
 

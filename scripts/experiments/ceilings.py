@@ -7,7 +7,7 @@ the plain row needs a head, and none of the others does.
 from __future__ import annotations
 
 import torch
-from lab import SOFT, Lab, answer
+from lab import BOTH, RANKED, Lab, answer
 
 from iou_refiner.boxes import decode_boxes, encode_boxes
 from iou_refiner.data import Detections, FeatureMaps
@@ -48,8 +48,8 @@ def questions(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
     """A stage for every variant."""
     return {
         "the detector": oracle(lab),
-        "the head, ranked and scored": Stage(head, **SOFT),
-        "the head, regressed too": Stage(head, **SOFT | {"moves": 1}),
+        "the head, ranked and scored": Stage(head, **RANKED),
+        "the head, boxes moved too": Stage(head, **BOTH),
         "true IoU ranks": oracle(lab, ranked=1),
         "true IoU ranks and scores, alpha .3": oracle(lab, ranked=1, scored=0.3),
         "true IoU ranks and scores, alpha .5": oracle(lab, ranked=1, scored=0.5),

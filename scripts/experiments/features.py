@@ -10,7 +10,6 @@ from lab import Variant, ask
 VARIANTS = {
     "default: 3 levels, 1.5 of the box, 7 x 7": Variant(),
     "1 level, FPN's": Variant(head={"levels": 1}),
-    "2 levels": Variant(head={"levels": 2}),
     "the box alone": Variant(head={"context": 1.0}),
     "2 of the box": Variant(head={"context": 2.0}),
     "5 x 5": Variant(head={"output_size": 5}),

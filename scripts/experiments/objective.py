@@ -1,4 +1,4 @@
-"""Question 2: what the head is asked to learn.
+"""Question 2: what the head is asked to learn, and which of its outputs ranks and climbs.
 
 The default trains three losses on one trunk (:mod:`iou_refiner.losses`): the IoU, the order of the boxes around one
 object, the way to the object. Here each is left out or exchanged.
@@ -8,49 +8,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import Variant, ask
-from torch import Tensor, nn
+from lab import ByIoU, Variant, ask
+from torch import Tensor
 
 from iou_refiner import losses
 from iou_refiner.predictor import IoUPredictor
 from iou_refiner.targets import Samples
 
 
-def without_order(head: IoUPredictor, order: nn.Linear, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """The IoU and the way alone."""
-    loss = losses.fit_loss(head, head.fit_of(read, asked.labels), asked.iou)
-    return loss + losses.way_loss(head.way_of(read), asked) if head.regress else loss
+def iou_of_all(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+    """The IoU also of boxes that mean no object."""
+    loss = losses.fit_loss(head, head.fit_of(read, asked.labels), asked.iou) + losses.way_loss(head.way_of(read), asked)
+    return loss + losses.ORDER_WEIGHT * losses.order_loss(head.energy_of(read), asked, image_index)
 
 
-def order_by_iou(head: IoUPredictor, order: nn.Linear, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+def order_by_iou(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
     """The order asked of the IoU's own logit instead of an energy beside it; wanted: odds of the true IoU."""
-    raw = head.fit_of(read, asked.labels)
     odds = asked.iou.clamp(0.01, 0.99).logit()
-    loss = losses.fit_loss(head, raw, asked.iou) + losses.way_loss(head.way_of(read), asked)
-    return loss + losses.ORDER_WEIGHT * losses.order_loss(raw, asked, image_index, odds)
+    order = losses.order_loss(head.fit_of(read, asked.labels), asked, image_index, odds)
+    return losses.total_loss(head, read, asked, image_index) + losses.ORDER_WEIGHT * order
 
 
-def energy_alone(head: IoUPredictor, order: nn.Linear, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """One output for ranking and ascent, an energy learned as a distribution over the boxes around one object, without
-    a unit; its sigmoid stands where an IoU would. The divergence is that of Gustafsson et al., 2020."""
-    energy = head.fit_of(read, asked.labels)
-    return losses.order_loss(energy, asked, image_index) + losses.way_loss(head.way_of(read), asked)
+def without_iou(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+    """The energy and the way. The divergence is that of Gustafsson et al., 2020."""
+    order = losses.order_loss(head.energy_of(read), asked, image_index)
+    return losses.ORDER_WEIGHT * order + losses.way_loss(head.way_of(read), asked)
 
 
 def _with(loss: Any) -> Any:
     return lambda head: {"loss": loss}
 
 
+_ALONE = {"order": False, "regress": False}
 VARIANTS = {
-    "default: BCE on the IoU, order, way": Variant(),
-    "smooth-L1 on the IoU, order, way": Variant(head={"objective": "smooth_l1"}),
-    "BCE, way": Variant(prepare=_with(without_order)),
-    "BCE alone": Variant(head={"regress": False}, prepare=_with(without_order)),
-    "smooth-L1 alone, the paper's": Variant(
-        head={"regress": False, "objective": "smooth_l1"}, prepare=_with(without_order)
-    ),
-    "BCE, order of the IoU itself, way": Variant(prepare=_with(order_by_iou)),
-    "energy, way; no IoU": Variant(prepare=_with(energy_alone)),
+    "default: IoU by BCE, order, way": Variant(),
+    "the same, ranked and climbed by the IoU": Variant(make=ByIoU),
+    "the IoU of all boxes": Variant(prepare=_with(iou_of_all)),
+    "smooth-L1 on the IoU": Variant(head={"objective": "smooth_l1"}),
+    "no order": Variant(head={"order": False}),
+    "order of the IoU itself": Variant(head={"order": False}, prepare=_with(order_by_iou)),
+    "order and way, no IoU": Variant(prepare=_with(without_iou)),
+    "BCE alone": Variant(head=_ALONE),
+    "smooth-L1 alone, the paper's": Variant(head=_ALONE | {"objective": "smooth_l1"}),
 }
 
 if __name__ == "__main__":

@@ -28,16 +28,17 @@ Row = dict[str, Any]
 # Heading, where the figure stands in a row, factor, decimals.
 Column = tuple[str, str, float, int]
 _TRAINED: tuple[Column, ...] = (
-    ("Pearson", "pearson", 1, 3),
+    ("Pearson: IoU", "pearson", 1, 3),
+    ("energy", "pearson_worth", 1, 3),
     ("regression: gain", "regression.gain", 100, 1),
     ("worse %", "regression.worse", 100, 0),
     ("ascent: gain", "ascent.gain", 100, 1),
     ("worse %", "ascent.worse", 100, 0),
     ("AP ranked", "ranked.AP", 1, 1),
     ("+ ascent", "climbed.AP", 1, 1),
-    ("+ regression", "regressed.AP", 1, 1),
-    ("its AP50", "regressed.AP50", 1, 1),
-    ("AP90", "regressed.AP90", 1, 1),
+    ("+ both", "both.AP", 1, 1),
+    ("its AP50", "both.AP50", 1, 1),
+    ("AP90", "both.AP90", 1, 1),
 )
 _COST: Column = ("ms / 1,000 boxes", "ms_per_1000_boxes", 1, 0)
 _ASKED: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("AP", "AP50", "AP75", "AP90"))
