@@ -249,15 +249,15 @@ def rescore(
     detections
         COCO results, best before suppression (see `dump`).
     nms
-        Suppress by predicted IoU, by class score, by predicted IoU and then softly, or not at all.
+        Suppress by how well boxes fit, by class score, by fit and then softly, or not at all.
     nms_threshold
         Overlap above which boxes of a class are one cluster.
     rank_alpha
-        IoU-guided NMS ranks by score^(1 - a) * iou^a; 1 is the paper's.
+        IoU-guided NMS ranks by score^(1 - a) * fit^a; 1 is the paper's.
     score_alpha
         Detections are scored score^(1 - a) * iou^a; 0 leaves the class score.
     moves
-        Steps of regression, by the head's second output.
+        Steps of regression.
     steps
         Steps of the ascent, after them.
     step_size

@@ -1,4 +1,4 @@
-"""Gradient ascent on the predicted IoU.
+"""Gradient ascent on the predicted IoU, or on whatever else says how well a box fits.
 
 Both functions know boxes and a score, nothing of features or detectors: the score is any differentiable function of
 boxes. :func:`refine_boxes` is what to use; :func:`refine_boxes_paper` is the paper's Algorithm 2 to the letter.

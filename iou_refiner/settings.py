@@ -15,16 +15,18 @@ class StageSettings:
     nothing of fit (docs/accuracy.md); ``train --val-ann`` finds what suits another.
 
     Args:
-        nms: ``"iou"`` suppresses by predicted IoU (Algorithm 1), ``"greedy"`` by class score; both again after boxes
-            have moved, for boxes that have come to rest on one object are one detection. ``"soft"`` is ``"iou"``, then
-            decays the scores of what still overlaps once it has moved (Soft-NMS); with ``nms_threshold=1`` that alone.
-            ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
+        nms: ``"iou"`` suppresses by what boxes are worth (Algorithm 1), ``"greedy"`` by class score; both again after
+            boxes have moved, for boxes that have come to rest on one object are one detection. ``"soft"`` is ``"iou"``,
+            then decays the scores of what still overlaps once it has moved (Soft-NMS); with ``nms_threshold=1`` that
+            alone. ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
         nms_threshold: IoU above which boxes of one class are one cluster.
-        rank_alpha: suppression ranks by ``score^(1 - rank_alpha) * iou^rank_alpha``; 1 is Algorithm 1.
+        rank_alpha: suppression ranks by ``score^(1 - rank_alpha) * worth^rank_alpha``, with
+            :meth:`IoUPredictor.worth`: the energy, or the predicted IoU of a head that has none. 1 is Algorithm 1.
         moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
-            none). A step is taken whatever the predicted IoU says of it: measured, that errs more than the step does.
-        steps: steps of the ascent; 0 takes none.
-        step_size, margin: see :func:`refine_boxes`.
+            none).
+        steps: steps of the ascent on the worth; 0 takes none.
+        step_size: see :func:`refine_boxes`.
+        margin: a box that all its moves together do not make worth more by this stays where it was.
         refine_top: boxes moved per image, best scores first.
         score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
         max_detections: detections per image.
@@ -38,7 +40,7 @@ class StageSettings:
     rank_alpha: float = 0.5
     moves: int = 1
     steps: int = 5
-    step_size: float = 0.02
+    step_size: float = 0.05
     margin: float = 0.0
     refine_top: int = 100
     score_alpha: float = 0.3

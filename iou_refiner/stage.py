@@ -27,7 +27,7 @@ class Summary:
         kept: detections that went out.
         refined: boxes that were tried to be moved.
         moved: boxes that were.
-        undone: ascent steps undone because the predicted IoU was not finite.
+        undone: ascent steps undone because the prediction was not finite.
         unpredicted: boxes whose IoU could not be predicted (features or box not finite). They stay where they are, keep
             their class score, and leave with an IoU of 0: no evidence that they fit.
     """
@@ -133,14 +133,15 @@ class Stage:
     def _refine(
         self, pyramid: FeaturePyramid, kept: list[Detections], image_sizes: tuple[tuple[int, int], ...]
     ) -> list[Detections]:
-        """Regression, then ascent, of the best boxes of every image, judged anew where they come to rest."""
+        """Regression, then ascent, of the best boxes of every image; put back where that made them worth no more."""
         best = [detections[detections.scores.argsort(descending=True, stable=True)] for detections in kept]
         tops = [detections[: self.settings.refine_top] for detections in best]
         start, image_index, labels = _flatten(tops)
         boxes = self._regress(pyramid, start, image_index, image_sizes)
         boxes = self._ascend(pyramid, boxes, image_index, labels, image_sizes)
         ious, worths = self.head.judge(pyramid, boxes, image_index, labels)
-        moved = (boxes != start).any(1) & torch.isfinite(ious) & torch.isfinite(worths)
+        gained = worths > torch.cat([_known(top.worths) for top in tops]) + self.settings.margin  # NaN never is
+        moved = (boxes != start).any(1) & gained & torch.isfinite(ious)
         self.summary.refined += len(start)
         self.summary.moved += int(moved.sum())
         counts = [len(top) for top in tops]
@@ -170,15 +171,10 @@ class Stage:
         def score(moved: Tensor, rows: Tensor) -> Tensor:
             return self.head.worth(pyramid, moved, image_index[rows], labels[rows], level[rows])
 
-        result = refine_boxes(
-            score, boxes, steps=self.settings.steps, step_size=self.settings.step_size, margin=self.settings.margin
-        )
+        result = refine_boxes(score, boxes, steps=self.settings.steps, step_size=self.settings.step_size)
         self.summary.undone += result.undone
-        climbed, value = _clip(result.boxes, image_index, image_sizes), result.score.clone()
-        cut = torch.nonzero((climbed != result.boxes).any(1)).flatten()  # what was climbed is not what is left of it
-        value[cut] = self.head.judge(pyramid, climbed[cut], image_index[cut], labels[cut])[1]
-        better = result.moved & valid_boxes(climbed) & (value > result.start_score)
-        return torch.where(better[:, None], climbed, boxes)
+        climbed = _clip(result.boxes, image_index, image_sizes)
+        return torch.where(valid_boxes(climbed)[:, None], climbed, boxes)
 
     def _rescore(self, kept: Detections) -> Detections:
         ious = _known(kept.ious)

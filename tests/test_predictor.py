@@ -66,18 +66,44 @@ def test_no_boxes_give_no_predictions(settings: dict[str, Any]) -> None:
     head, none = make_head(**settings), torch.zeros(0, dtype=torch.int64)
     pyramid = head.encode(make_features())
     assert head(pyramid, torch.zeros(0, 4), none, none).shape == (0,)
-    assert head.predict(pyramid, torch.zeros(0, 4), none, none).shape == (0,)
+    assert [part.shape for part in head.judge(pyramid, torch.zeros(0, 4), none, none)] == [(0,), (0,)]
     assert head.encode(make_features(0)).num_images == 0
 
 
-def test_predicting_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, (boxes, image), labels = make_head(num_classes=2), make_boxes(10), torch.arange(10) % 2
+@pytest.mark.parametrize("order", [False, True])
+def test_judging_gives_iou_and_worth_and_in_pieces_the_same(order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, (boxes, image), labels = make_head(num_classes=2, order=order), make_boxes(10), torch.arange(10) % 2
     pyramid = head.encode(make_features())
-    whole = head.predict(pyramid, boxes, image, labels)
-    assert not whole.requires_grad
-    torch.testing.assert_close(whole, head.iou(head(pyramid, boxes, image, labels)).detach())
+    ious, worths = head.judge(pyramid, boxes, image, labels)
+    assert not ious.requires_grad
+    assert not worths.requires_grad
+    torch.testing.assert_close(ious, head.iou(head(pyramid, boxes, image, labels)).detach())
+    torch.testing.assert_close(worths, head.worth(pyramid, boxes, image, labels).detach())
+    assert torch.equal(ious, worths) is not order
+    assert torch.equal(head.predict(pyramid, boxes, image, labels), ious)
     monkeypatch.setattr(predictor_module, "_CHUNK_BOXES", 3)
-    torch.testing.assert_close(head.predict(pyramid, boxes, image, labels), whole)
+    for whole, pieces in zip((ious, worths), head.judge(pyramid, boxes, image, labels), strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+def test_the_worth_of_a_box_can_be_climbed_at_a_level_that_is_held() -> None:
+    head = make_head(levels=1)
+    pyramid, image = head.encode(make_features(1)), torch.zeros(1, dtype=torch.int64)
+    grown = torch.tensor([[100.0, 100, 325, 325]], requires_grad=True)
+    held, free = (head.worth(pyramid, grown, image, level=level) for level in (torch.tensor([0]), None))
+    assert not torch.isclose(held, free)
+    (slope,) = torch.autograd.grad(held.sum(), grown)
+    assert slope.abs().min() > 0
+
+
+def test_a_head_without_an_output_says_which() -> None:
+    head, (boxes, image) = make_head(order=False, regress=False), make_boxes(2)
+    pyramid = head.encode(make_features())
+    read = head.read(pyramid, boxes, image)
+    with pytest.raises(ValueError, match=r"has no energy\. Make one with `order=True`"):
+        head.energy_of(read)
+    with pytest.raises(ValueError, match=r"only predicts the IoU\. Make one with `regress=True`"):
+        head.way_of(read)
 
 
 def test_a_class_aware_head_answers_for_the_class_asked() -> None:
@@ -94,13 +120,14 @@ def test_a_class_aware_head_answers_for_the_class_asked() -> None:
 def test_what_is_not_finite_is_nan_and_alone() -> None:
     head, (boxes, image) = make_head(), make_boxes(4)
     features = make_features()
-    clean = head.predict(head.encode(features), boxes, image)
+    clean = torch.stack(head.judge(head.encode(features), boxes, image))
     boxes[1, 2] = torch.inf
-    spoilt = head.predict(head.encode(features), boxes, image)
-    assert torch.isnan(spoilt).tolist() == [False, True, False, False]
-    torch.testing.assert_close(spoilt[[0, 2, 3]], clean[[0, 2, 3]])
+    spoilt = torch.stack(head.judge(head.encode(features), boxes, image))
+    assert torch.isnan(spoilt).tolist() == [[False, True, False, False]] * 2
+    torch.testing.assert_close(spoilt[:, [0, 2, 3]], clean[:, [0, 2, 3]])
     features.levels[0][1] = torch.nan
-    assert torch.isnan(head.predict(head.encode(features), boxes, image)).tolist() == [False, True, False, True]
+    spoilt = torch.stack(head.judge(head.encode(features), boxes, image))
+    assert torch.isnan(spoilt).tolist() == [[False, True, False, True]] * 2
 
 
 @pytest.mark.parametrize(
@@ -219,7 +246,7 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"num_classes": 4, "levels": 1, "aligned": False, "objective": "smooth_l1", "detector": "abc"},
+    {"num_classes": 4, "levels": 1, "aligned": False, "objective": "smooth_l1", "order": False, "detector": "abc"},
     {"hidden": [], "output_size": 5},
 ]
 

@@ -84,6 +84,30 @@ class TestStage:
             len(d) == len(c) for d, c in zip(Stage(oracle, nms="none")(features, candidates), candidates, strict=True)
         )
 
+    def test_worth_ranks_and_climbs_and_the_iou_scores(self, scene):
+        features, candidates, objects, _, _ = scene
+
+        class Ordered(OracleHead):
+            """Knows which box fits best, and believes that all of them fit by half."""
+
+            def judge(self, *args):
+                _, worths = super().judge(*args)
+                return torch.full_like(worths, 0.5), worths
+
+        ordered, oracle = Ordered(objects), OracleHead(objects)
+        for nms in ("iou", "soft"):
+            settings = PLAIN | {"nms": nms, "steps": 5}
+            for ours, theirs in zip(
+                Stage(ordered, **settings)(features, candidates), Stage(oracle, **settings)(features, candidates),
+                strict=True,
+            ):  # fmt: skip
+                assert torch.equal(ours.boxes, theirs.boxes)
+                assert torch.equal(ours.scores, theirs.scores)
+                assert (ours.ious == 0.5).all()
+                assert ours.worths is None
+            scored = Stage(ordered, **settings | {"score_alpha": 1.0})(features, candidates)
+            assert all((d.scores == 0.5).all() for d in scored)
+
     def test_soft_suppression(self, scene):
         features, candidates, objects, _, _ = scene
         oracle = OracleHead(objects)
