@@ -97,19 +97,19 @@ class Variant:
 
 
 def detector_of(name: str) -> Adapter:
-    """One of the example detectors."""
+    """One of the example detectors, perhaps with other weights, ``NAME:FILE``."""
     return detector_from_spec(f"{ROOT / 'examples' / 'small_detectors.py'}:{name}")
 
 
 class Lab:
-    """A frozen detector with its cached features of the train and val split."""
+    """A frozen detector with its cached features of the train split, and of another that heads are measured on."""
 
-    def __init__(self, detector: str, cache: Path):
-        self.adapter = detector_of(detector)
-        self.cache = FeatureCache(cache, self.adapter)
-        self.train, self.val = (read_ground_truth(DATA / f"instances_{split}.json") for split in ("train", "val"))
-        self.fill(self.val.images, 0)
-        self.asked = TrainingSet(self.cache, self.val)
+    def __init__(self, adapter: Adapter, cache: Path, split: str = "val"):
+        self.adapter = adapter
+        self.cache = FeatureCache(cache, adapter)
+        self.train, self.truth = (read_ground_truth(DATA / f"instances_{name}.json") for name in ("train", split))
+        self.fill(self.truth.images, 0)
+        self.asked = TrainingSet(self.cache, self.truth)
         self.seen = [self.asked.load(index) for index in range(len(self.asked))]
 
     def fill(self, images: Iterable[Image], view: int) -> None:
@@ -133,14 +133,18 @@ class Lab:
         fit(head, data, epochs=epochs, seed=seed, **{"lr": _LR, **variant.fit, **variant.prepare(head)})
         return head.eval()
 
-    def ap(self, stage: Suppression) -> dict[str, float]:
-        """AP in points of what a stage makes of the val candidates."""
-        shared = category_map(self.adapter.category_ids, self.val)
+    def results(self, stage: Suppression) -> Results:
+        """What a stage makes of the candidates."""
+        shared = category_map(self.adapter.category_ids, self.truth)
         parts = (
             to_results(image, extraction, stage(extraction.features, [extraction.candidates])[0], shared)
-            for image, (extraction, _) in zip(self.val.images, self.seen, strict=True)
+            for image, (extraction, _) in zip(self.truth.images, self.seen, strict=True)
         )
-        metrics = evaluate(Results.concat(parts), self.val).metrics
+        return Results.concat(parts)
+
+    def ap(self, stage: Suppression) -> dict[str, float]:
+        """Its AP in points."""
+        metrics = evaluate(self.results(stage), self.truth).metrics
         return {name: 100 * metrics[name] for name in AP}
 
     def figures(self, head: IoUPredictor) -> dict[str, Any]:
@@ -154,8 +158,7 @@ class Lab:
         figures["ascent"] = self.moved(partial(climb, head))
         if head.regress:
             figures["regression"] = self.moved(partial(regress, head))
-        rows = {"ranked": RANKED, "climbed": CLIMBED} | ({"both": BOTH} if head.regress else {})
-        return figures | {name: self.ap(Stage(head, **settings)) for name, settings in rows.items()}
+        return figures | {name: self.ap(Stage(head, **way)) for name, way in (("ranked", RANKED), ("moved", BOTH))}
 
     def pearson_of_worth(self, head: IoUPredictor) -> float:
         """Correlation with the true IoU of what the stage ranks by, over the candidates above IoU .5."""
@@ -253,7 +256,7 @@ def known_default(detector: str, seed: int, passes: int) -> dict[str, Any] | Non
 def ask(question: str, variants: Mapping[str, Variant], description: str | None) -> None:
     """Train and measure all variants of a question, seed by seed."""
     chosen = options(description)
-    lab = Lab(chosen.detector, chosen.cache)
+    lab = Lab(detector_of(chosen.detector), chosen.cache)
     for seed in range(chosen.seeds):
         for name, variant in variants.items():
             if (name, seed) in done(question, chosen.detector) or (chosen.only and name not in chosen.only):
@@ -274,7 +277,7 @@ def answer(
 ) -> None:
     """Measure all stages of a question with the default head of every seed, which is trained once and kept."""
     chosen = options(description)
-    lab = Lab(chosen.detector, chosen.cache)
+    lab = Lab(detector_of(chosen.detector), chosen.cache)
     for seed in range(1 if chosen.head else chosen.seeds):
         path = chosen.head or chosen.cache / f"lab-head-{chosen.passes}-{seed}.safetensors"
         if not path.exists():

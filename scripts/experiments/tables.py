@@ -35,10 +35,9 @@ _TRAINED: tuple[Column, ...] = (
     ("ascent: gain", "ascent.gain", 100, 1),
     ("worse %", "ascent.worse", 100, 0),
     ("AP ranked", "ranked.AP", 1, 1),
-    ("+ ascent", "climbed.AP", 1, 1),
-    ("+ both", "both.AP", 1, 1),
-    ("its AP50", "both.AP50", 1, 1),
-    ("AP90", "both.AP90", 1, 1),
+    ("and moved", "moved.AP", 1, 1),
+    ("its AP50", "moved.AP50", 1, 1),
+    ("AP90", "moved.AP90", 1, 1),
 )
 _COST: Column = ("ms / 1,000 boxes", "ms_per_1000_boxes", 1, 0)
 _ASKED: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("AP", "AP50", "AP75", "AP90"))
@@ -46,10 +45,23 @@ _GAIN_AT = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 _BY_SIZE: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("APs", "APm", "APl"))
 
 
+_DETECTOR: tuple[Column, ...] = (
+    *((metric, f"own.{metric}", 1.0, 1) for metric in ("AP", "AP50", "AP90")),
+    *((f"{metric} with the stage", f"moved.{metric}", 1.0, 1) for metric in ("AP", "AP50", "AP90")),
+    ("ΔAP", "gain.AP", 100, 1),
+    ("from", "gain.low", 100, 1),
+    ("to (95 %)", "gain.high", 100, 1),
+    ("Pearson: class score", "pearson_score", 1, 3),
+    ("IoU", "pearson", 1, 3),
+)
+
+
 def columns(question: str) -> tuple[Column, ...]:
     """What a question is answered in."""
     if question in ("ascent", "scores"):
         return _ASKED
+    if question == "detector":
+        return _DETECTOR
     if question == "ceilings":
         return _ASKED + _BY_SIZE
     return (*_TRAINED, _COST) if question == "trunk" else _TRAINED
