@@ -3,8 +3,8 @@
     python scripts/experiments/detector.py --cache FOLDER --weights "4 epochs more=runs/longer/best.safetensors" ...
 
 Asked of the Faster R-CNN as it is given, then of other weights of it, made by scripts/train_detector.py. For each a
-default head is trained on its features (of every other image and its mirror image), and the stage is measured at its defaults:
-nothing is chosen, so it is measured on test.
+default head is trained on its features, of every other image and its mirror image, and the stage is measured at its
+defaults: nothing is chosen, so it is measured on test.
 """
 
 from __future__ import annotations
