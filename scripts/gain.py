@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,8 @@ from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet
 from iou_refiner.training import measure
 
-COCO_PERSON = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-person"
+_BESIDE = Path(__file__).resolve().parents[2] / "shared"
+COCO_PERSON = Path(os.environ.get("IOU_REFINER_SHARED", _BESIDE)) / "data" / "coco-person"
 METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 
 

@@ -122,7 +122,7 @@ class Lab:
         images = self.train.images[:: round(1 / variant.share)]
         for view in variant.views:
             self.fill(images, view)
-        data = TrainingSet(self.cache, self.train)
+        data = TrainingSet(self.cache, self.train, views=0)  # its items are those chosen here
         items = [(image, view) for view in variant.views for image in images]
         random.Random(seed).shuffle(items)
         epochs = max(1, -(-passes // len(items)))  # few images are seen more than once
