@@ -68,7 +68,8 @@ def ensure(truth: bool) -> None:
 
 
 def lively(head: IoUPredictor) -> IoUPredictor:
-    """With a steeper output: an untrained head changes so little that its boxes converge at once, at no cost."""
+    """With steeper outputs: an untrained head changes so little that its boxes converge at once, at no cost."""
     with torch.no_grad():
-        head.output.weight *= 30
+        for output in (head.output, head.energy):
+            output.weight *= 30
     return head.eval()
