@@ -108,6 +108,29 @@ class TestStage:
             scored = Stage(ordered, **settings | {"score_alpha": 1.0})(features, candidates)
             assert all((d.scores == 0.5).all() for d in scored)
 
+    def test_moves_that_make_a_box_worth_no_more_are_put_back(self, scene):
+        features, candidates, objects, _, _ = scene
+
+        class Misled(OracleHead):
+            """Knows how well boxes fit, and believes that all objects lie to the right."""
+
+            def move(self, pyramid, boxes, image_index):
+                return boxes + boxes.new_tensor([6.0, 0, 6, 0])
+
+        head = Misled(objects)
+        head.regress = True
+        greedy = PLAIN | {"nms": "none"}
+        still = Stage(head, **greedy, moves=0, steps=0)(features, candidates)
+        stage = Stage(head, **greedy, moves=1, steps=0)
+        for ours, theirs in zip(stage(features, candidates), still, strict=True):
+            moved = (ours.boxes != theirs.boxes).any(1)
+            assert (ours.ious >= theirs.ious).all()
+            assert torch.equal(ours.ious > theirs.ious, moved)  # some do lie to the right
+        assert 0 < stage.summary.moved < stage.summary.refined
+        for settings in ({"moves": 1, "steps": 0}, {"moves": 0, "steps": 5}):
+            wary = Stage(head, **greedy, **settings, margin=1.0)(features, candidates)
+            assert all(torch.equal(ours.boxes, theirs.boxes) for ours, theirs in zip(wary, still, strict=True))
+
     def test_soft_suppression(self, scene):
         features, candidates, objects, _, _ = scene
         oracle = OracleHead(objects)

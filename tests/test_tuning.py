@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toys import OracleHead, make_dataset
 
+from iou_refiner import tuning
 from iou_refiner.coco import GroundTruth, read_ground_truth, xywh_to_xyxy
 from iou_refiner.extraction import extract_image
 from iou_refiner.tuning import choose_settings
@@ -58,6 +61,16 @@ def test_a_head_that_misleads_is_left_out(scene):
     assert chosen["steps"] == 0
     assert chosen["score_alpha"] == 0
     assert min(t["AP"] for t in record) < record[0]["AP"] - 0.05
+
+
+def test_a_setting_is_not_changed_for_a_trifle(scene, monkeypatch):
+    truth, look = scene
+    trifles = cycle([0.0, 0.0009, 0.0004])
+    monkeypatch.setattr(
+        tuning, "evaluate", lambda *_: SimpleNamespace(metrics={"AP": 0.3 + next(trifles), "AP50": 0.5})
+    )
+    chosen, record = choose_settings(PerImage(truth, knows=True), look, None, truth)
+    assert chosen == {name: value for name, value in record[0].items() if name not in ("AP", "AP50")}
 
 
 def test_progress_counts_every_trial(scene):
