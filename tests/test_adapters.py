@@ -276,8 +276,8 @@ class TestContract:
         features, candidates, frames = case.adapter.extract(case.images)
         torch.manual_seed(0)
         head = IoUPredictor(features.channels, features.strides, width=4, hidden=(16,), output_size=3)
-        nn.init.normal_(head.output.weight, std=1.0)  # so that predictions differ and boxes move
-        nn.init.normal_(head.delta.weight, std=1.0)
+        for output in (head.output, head.energy, head.delta):  # so that predictions differ and boxes move
+            nn.init.normal_(output.weight, std=1.0)
         head.detector = case.adapter.fingerprint()
         refined = IoURefiner(case.adapter, head)
         found = []
