@@ -63,8 +63,8 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Inverse of :func:`encode_boxes`: (N, 4) relative coordinates to (N, 4) xyxy."""
+    """Inverse of :func:`encode_boxes`: (N, 4) relative coordinates to (N, 4) xyxy. Zeros give the same bits."""
     anchor_size = anchors[:, 2:] - anchors[:, :2]
-    center = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * anchor_size
-    half = anchor_size * deltas[:, 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp() / 2
-    return torch.cat([center - half, center + half], 1)
+    shift = deltas[:, :2] * anchor_size
+    growth = anchor_size * deltas[:, 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).expm1() / 2
+    return torch.cat([anchors[:, :2] + shift - growth, anchors[:, 2:] + shift + growth], 1)

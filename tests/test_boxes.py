@@ -100,6 +100,12 @@ def test_decoding_inverts_encoding(box: tuple[float, ...], anchor: tuple[float, 
     torch.testing.assert_close(decode_boxes(torch.zeros_like(anchors), anchors), anchors, rtol=0, atol=1e-9)
 
 
+@given(st.lists(_valid_box, min_size=1, max_size=5))
+def test_no_way_at_all_gives_the_same_bits(boxes: list[tuple[float, ...]]) -> None:
+    anchors = rows(boxes)
+    assert torch.equal(decode_boxes(torch.zeros_like(anchors), anchors), anchors)
+
+
 def test_what_the_four_coordinates_mean() -> None:
     anchors = rows([(10, 20, 30, 60)])
     moved = decode_boxes(torch.tensor([[0.5, -0.25, 0, torch.log(torch.tensor(2.0))]]), anchors)
