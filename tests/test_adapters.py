@@ -276,9 +276,15 @@ class TestContract:
         features, candidates, frames = case.adapter.extract(case.images)
         torch.manual_seed(0)
         head = IoUPredictor(features.channels, features.strides, width=4, hidden=(16,), output_size=3)
-        # So that predictions differ and boxes move: a steeper energy would be flat, at 0 or 1, and nothing to climb.
-        for output, std in ((head.output, 1.0), (head.delta, 1.0), (head.energy, 0.1)):
-            nn.init.normal_(output.weight, std=std)
+        for output in (head.output, head.energy, head.delta):  # so that predictions differ and boxes move
+            nn.init.normal_(output.weight, std=1.0)
+        # An energy that hardly differs, or that lies far from 0, gives the ascent nothing to climb.
+        index = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(d) for d in candidates]))
+        with torch.no_grad():
+            read = head.read(head.encode(features), torch.cat([d.boxes for d in candidates]), index)
+            energy = head.energy_of(read)
+            head.energy.weight /= energy.std()
+            head.energy.bias -= energy.mean() / energy.std()
         head.detector = case.adapter.fingerprint()
         refined = IoURefiner(case.adapter, head)
         found = []
@@ -290,15 +296,15 @@ class TestContract:
         own = case.read(case.own())
         assert all(sorted(result) == sorted([*other, "ious"]) for result, other in zip(found[0], own, strict=True))
         assert sum(len(result["boxes"]) for result in found[0]) > 0
-        gaps = []
         for result, before, frame in zip(found[0], candidates, frames, strict=True):
             assert {len(values) for values in result.values()} == {len(result["boxes"])}
             assert result["ious"].min() >= 0
             assert result["ious"].max() <= 1
             inside = clip_boxes(result["boxes"], frame.image_size)
             torch.testing.assert_close(inside, result["boxes"], atol=1e-3, rtol=0)
-            gaps.append(torch.cdist(frame.to_network(result["boxes"]), before.boxes).amin(1))
-        assert (torch.cat(gaps) > 0.01).any()  # some boxes moved: not all of them are among the candidates
+            # Some boxes moved: not all of them are among the candidates.
+            gap = torch.cdist(frame.to_network(result["boxes"]), before.boxes).amin(1)
+            assert (gap > 0.01).any()
 
     def test_stays_on_its_device(self, case: Case) -> None:
         assert case.adapter.to("cpu") is case.adapter

@@ -119,16 +119,16 @@ class TestStage:
 
         head = Misled(objects)
         head.regress = True
-        greedy = PLAIN | {"nms": "none"}
-        still = Stage(head, **greedy, moves=0, steps=0)(features, candidates)
-        stage = Stage(head, **greedy, moves=1, steps=0)
+        unsuppressed = PLAIN | {"nms": "none"}
+        still = Stage(head, **unsuppressed, moves=0, steps=0)(features, candidates)
+        stage = Stage(head, **unsuppressed, moves=1, steps=0)
         for ours, theirs in zip(stage(features, candidates), still, strict=True):
             moved = (ours.boxes != theirs.boxes).any(1)
             assert (ours.ious >= theirs.ious).all()
             assert torch.equal(ours.ious > theirs.ious, moved)  # some do lie to the right
         assert 0 < stage.summary.moved < stage.summary.refined
         for settings in ({"moves": 1, "steps": 0}, {"moves": 0, "steps": 5}):
-            wary = Stage(head, **greedy, **settings, margin=1.0)(features, candidates)
+            wary = Stage(head, **unsuppressed, **settings, margin=1.0)(features, candidates)
             assert all(torch.equal(ours.boxes, theirs.boxes) for ours, theirs in zip(wary, still, strict=True))
 
     def test_soft_suppression(self, scene):
