@@ -21,8 +21,9 @@ from safetensors import safe_open
 from iou_refiner.adapters.onnx import OnnxAdapter
 from iou_refiner.adapters.torchvision import TorchvisionAdapter
 
-_BESIDE = Path(__file__).resolve().parents[2] / "shared"
-MODELS = Path(os.environ.get("IOU_REFINER_SHARED", _BESIDE)) / "models"
+#: Where weights and photographs lie.
+SHARED = Path(os.environ.get("IOU_REFINER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+MODELS = SHARED / "models"
 #: Longest side in pixels of the images that weights were trained on, where they do not say.
 SIZE = 320
 

@@ -148,7 +148,13 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
         of the class score, and ``candidates``, their number; on all candidates ``pearson_all`` and ``mae_all``. NaN
         where there are none.
     """
-    predicted, scores, truth = judgements(head, dataset).double()
+    predicted, _, scores, truth = judgements(head, dataset)
+    return agreement(predicted, scores, truth, above=above)
+
+
+def agreement(predicted: Tensor, scores: Tensor, truth: Tensor, *, above: float = 0.5) -> dict[str, float]:
+    """What :func:`measure` returns, of predictions, class scores and true IoUs (N,); NaN where the truth is unknown."""
+    predicted, scores, truth = predicted.double(), scores.double(), truth.double()
     judged = torch.isfinite(truth)
     high = judged & (truth > above)
     return {
@@ -163,14 +169,15 @@ def measure(head: IoUPredictor, dataset: TrainingSet, *, above: float = 0.5) -> 
 
 @torch.no_grad()
 def judgements(head: IoUPredictor, dataset: TrainingSet) -> Tensor:
-    """Predicted IoU, class score and true IoU of all candidates, (3, N); NaN where the truth cannot be known."""
+    """Predicted IoU, worth, class score and true IoU of all candidates, (4, N); NaN where the truth cannot be known."""
     columns: list[Tensor] = []
     for index in range(len(dataset)):
         extraction, objects = dataset.load(index)
         found, pyramid = extraction.candidates, head.encode(extraction.features)
         asked = found.to(pyramid.table.device)
-        predicted = head.predict(pyramid, asked.boxes, torch.zeros_like(asked.labels), asked.labels).cpu()
-        columns.append(torch.stack([predicted, found.scores, true_iou(found.boxes, found.labels, objects)]))
+        ious, worths = head.judge(pyramid, asked.boxes, torch.zeros_like(asked.labels), asked.labels)
+        truth = true_iou(found.boxes, found.labels, objects)
+        columns.append(torch.stack([ious.cpu(), worths.cpu(), found.scores, truth]))
     return torch.cat(columns, 1)
 
 

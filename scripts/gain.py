@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +39,10 @@ from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet
 from iou_refiner.training import measure
 
-_BESIDE = Path(__file__).resolve().parents[2] / "shared"
-COCO_PERSON = Path(os.environ.get("IOU_REFINER_SHARED", _BESIDE)) / "data" / "coco-person"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from small_detectors import SHARED
+
+COCO_PERSON = SHARED / "data" / "coco-person"
 METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import BOTH, RANKED, Lab, Variant, detector_of, done, keep
+from lab import AP, BOTH, OWN, Lab, Variant, detector_of, done, keep
 
 from iou_refiner.bootstrap import compare
 from iou_refiner.stage import Stage
 from iou_refiner.training import measure
 
 _GIVEN = "as given, 5 epochs"
-_OWN: dict[str, Any] = RANKED | {"nms": "greedy", "nms_threshold": 0.5, "score_alpha": 0.0}
 _HEAD = Variant(views=(0, 1), share=1 / 2)
 
 
@@ -37,21 +36,24 @@ def main() -> None:
     given = [("faster_rcnn", _GIVEN)] + [
         (f"faster_rcnn:{file}", name) for name, _, file in (entry.partition("=") for entry in chosen.weights)
     ]
-    for spec, name in given:
+    for spec, variant in given:
+        wanted = [seed for seed in range(chosen.seeds) if (variant, seed) not in done("detector", "faster_rcnn")]
+        if not wanted:
+            continue
         lab = Lab(detector_of(spec), chosen.cache / spec.replace("/", "_"), split="test")
-        for seed in range(chosen.seeds):
-            if (name, seed) in done("detector", "faster_rcnn"):
-                continue
+        for seed in wanted:
             began = time.time()
             head = lab.train_head(_HEAD, seed, chosen.passes)
-            own, moved = Stage(head, **_OWN), Stage(head, **BOTH)
-            change = compare(lab.results(own), lab.results(moved), lab.truth)
+            change = compare(*(lab.results(Stage(head, **settings)) for settings in (OWN, BOTH)), lab.truth)
             low, high = change.intervals["AP"]
-            figures: dict[str, Any] = {"own": lab.ap(own), "moved": lab.ap(moved)}
+            sides = {"own": change.before, "moved": change.after}
+            figures: dict[str, Any] = {
+                side: {name: 100 * found.metrics[name] for name in AP} for side, found in sides.items()
+            }
             figures["gain"] = {"AP": change.differences["AP"], "low": low, "high": high}
             ranking = measure(head, lab.asked)
             figures |= {name: ranking[name] for name in ("pearson", "pearson_score")}
-            keep("detector", "faster_rcnn", name, seed, began, {"passes": chosen.passes}, figures)
+            keep("detector", "faster_rcnn", variant, seed, began, {"passes": chosen.passes}, figures)
 
 
 if __name__ == "__main__":

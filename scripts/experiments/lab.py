@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -41,10 +40,13 @@ from iou_refiner.refine import refine_boxes
 from iou_refiner.rescoring import category_map, to_results
 from iou_refiner.stage import Stage
 from iou_refiner.targets import TrainingSet, true_iou
-from iou_refiner.training import fit, measure
+from iou_refiner.training import agreement, fit, judgements
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from small_detectors import SHARED
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("IOU_REFINER_SHARED", ROOT.parent / "shared")) / "data" / "coco-person"
+DATA = SHARED / "data" / "coco-person"
 ROWS = ROOT / "docs" / "results" / "experiments.jsonl"
 _LR = 5e-4  # of all recipes, whatever the default becomes
 AP = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
@@ -53,6 +55,8 @@ AP = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 RANKED: dict[str, Any] = {
     "nms": "soft", "nms_threshold": 0.8, "rank_alpha": 0.5, "score_alpha": 0.3, "moves": 0, "steps": 0,
 }  # fmt: skip
+# What the detector does by itself.
+OWN = RANKED | {"nms": "greedy", "nms_threshold": 0.5, "score_alpha": 0.0}
 CLIMBED = RANKED | {"steps": 5, "step_size": 0.05}
 BOTH = CLIMBED | {"moves": 1}
 
@@ -150,25 +154,16 @@ class Lab:
     def figures(self, head: IoUPredictor) -> dict[str, Any]:
         """What every head is measured in."""
         began = time.process_time()
-        ranking = measure(head, self.asked)
+        ious, worths, scores, truth = judgements(head, self.asked)
         spent = time.process_time() - began
+        ranking = agreement(ious, scores, truth)
         figures = {name: ranking[name] for name in ("pearson", "pearson_score", "mae", "pearson_all")}
-        figures["pearson_worth"] = self.pearson_of_worth(head)
+        figures["pearson_worth"] = agreement(worths, scores, truth)["pearson"]
         figures["ms_per_1000_boxes"] = 1e6 * spent / sum(len(extraction.candidates) for extraction, _ in self.seen)
         figures["ascent"] = self.moved(partial(climb, head))
         if head.regress:
             figures["regression"] = self.moved(partial(regress, head))
         return figures | {name: self.ap(Stage(head, **way)) for name, way in (("ranked", RANKED), ("moved", BOTH))}
-
-    def pearson_of_worth(self, head: IoUPredictor) -> float:
-        """Correlation with the true IoU of what the stage ranks by, over the candidates above IoU .5."""
-        pairs = []
-        for extraction, objects in self.seen:
-            found = extraction.candidates
-            truth = true_iou(found.boxes, found.labels, objects)
-            _, worths = head.judge(head.encode(extraction.features), found.boxes, torch.zeros_like(found.labels))
-            pairs.append(torch.stack([worths, truth])[:, truth > 0.5])
-        return torch.corrcoef(torch.cat(pairs, 1))[0, 1].item()
 
     def moved(self, move: Callable[[FeatureMaps, Detections], Tensor]) -> dict[str, float]:
         """What moving does to the candidates above IoU .5: mean gain of true IoU, share made worse."""
@@ -204,12 +199,14 @@ def climb(head: IoUPredictor, features: FeatureMaps, found: Detections, by: Any 
     return clip_boxes(moved, features.image_sizes[0])
 
 
+def rows() -> list[dict[str, Any]]:
+    """The rows there are."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
 def done(question: str, detector: str) -> set[tuple[str, int]]:
-    """(variant, seed) of the rows there are."""
-    if not ROWS.exists():
-        return set()
-    rows = map(json.loads, ROWS.read_text().splitlines())
-    return {(r["variant"], r["seed"]) for r in rows if (r["question"], r["detector"]) == (question, detector)}
+    """(variant, seed) of the rows of a question."""
+    return {(r["variant"], r["seed"]) for r in rows() if (r["question"], r["detector"]) == (question, detector)}
 
 
 def keep(question: str, detector: str, variant: str, seed: int, began: float, settings: Any, figures: Any) -> None:
@@ -246,7 +243,7 @@ def options(description: str | None) -> argparse.Namespace:
 
 def known_default(detector: str, seed: int, passes: int) -> dict[str, Any] | None:
     """The row of the default head, if another question has measured it."""
-    for row in map(json.loads, ROWS.read_text().splitlines() if ROWS.exists() else []):
+    for row in rows():
         same = (row["detector"], row["seed"], row["settings"].get("passes")) == (detector, seed, passes)
         if same and row["variant"].startswith("default: "):
             return row

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from lab import RANKED, ROOT, Lab, answer
+from lab import OWN, RANKED, ROOT, Lab, answer
 from torch import Tensor
 
 from iou_refiner.data import Detections, FeatureMaps
@@ -23,18 +23,17 @@ from iou_refiner.training import judgements
 sys.path.append(str(ROOT / "scripts"))
 from gain_rows import rising_map
 
-_DETECTOR = RANKED | {"nms": "greedy", "nms_threshold": 0.5, "score_alpha": 0.0}
-_GUIDED = _DETECTOR | {"nms": "iou"}
+_GUIDED = OWN | {"nms": "iou"}
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
 _SCORED = (0.3, 0.5, 0.75)
 _CALIBRATION_IMAGES = 200
 _MOVED = RANKED | {"moves": 1}
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "the detector's own": _DETECTOR,
-    "Soft-NMS": _DETECTOR | {"nms": "soft", "nms_threshold": 1.0, "rank_alpha": 0.0},
+    "the detector's own": OWN,
+    "Soft-NMS": OWN | {"nms": "soft", "nms_threshold": 1.0, "rank_alpha": 0.0},
     **{f"IoU-guided NMS, α {a}": _GUIDED | {"rank_alpha": a} for a in _ALPHAS},
-    **{f"scored, α {a}": _DETECTOR | {"score_alpha": a} for a in (*_SCORED, 1.0)},
+    **{f"scored, α {a}": OWN | {"score_alpha": a} for a in (*_SCORED, 1.0)},
     **{f"softly, ranked {a}": RANKED | {"rank_alpha": a, "score_alpha": 0.0} for a in (0.0, *_ALPHAS)},
     **{f"softly, ranked .5, scored {a}": RANKED | {"score_alpha": a} for a in _SCORED},
     **{f"the same, scored .3, first at {t}": RANKED | {"nms_threshold": t} for t in (0.6, 1.0)},
@@ -46,13 +45,13 @@ def calibrated(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
     """Class score, and predicted IoU, mapped to the true IoU they stand for on images of the train split."""
     data = TrainingSet(lab.cache, lab.train)
     data.items = data.items[:: len(data) // _CALIBRATION_IMAGES]
-    predicted, scores, truth = judgements(head, data).double().numpy()
+    predicted, _, scores, truth = judgements(head, data).double().numpy()
     of_score, of_iou = rising_map(scores, truth), rising_map(predicted, truth)
 
     def mapped(by: Any, values: Tensor) -> Tensor:
         return torch.from_numpy(by(values.double().numpy())).to(values)
 
-    detector, ranked = Stage(head, **_DETECTOR), Stage(head, **RANKED | {"score_alpha": 0.0})
+    detector, ranked = Stage(head, **OWN), Stage(head, **RANKED | {"score_alpha": 0.0})
 
     def by_score(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         (kept,) = detector(features, candidates)
