@@ -13,8 +13,8 @@ class Trunk(nn.Module):
     """Mix the levels and channels of each bin, then look at all bins at once.
 
     Without the mixing, fully connected layers see every channel of every level in every bin, and the first of them
-    costs more than all the rest of the head. Mixed to a few channels first, the same boxes take half the time; what
-    that costs in accuracy is in docs/accuracy.md, question 4.
+    costs more than all the rest of the head. Mixed to a few channels first, the same boxes take two thirds of the time;
+    what that costs in accuracy is in docs/accuracy.md, question 4.
 
     Args:
         levels, bins, channels: of the pooled features.

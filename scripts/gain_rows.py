@@ -124,9 +124,10 @@ class Bench:
         return float(np.median(detector)), float(np.median(added))
 
     def made_worse(self, settings: dict[str, Any]) -> dict[str, float]:
-        """Of the detections that fit an object (true IoU > 0.5) and were moved: the share that fits it less."""
+        """Of the detections that fit an object (true IoU > 0.5) before any move: how many there are, how many were
+        moved, and the share of these, and of all, that fits it less."""
         data = TrainingSet(self.cache, self.truth)
-        pairs = []
+        parts = []
         still, moving = Stage(self.head, **settings | {"moves": 0, "steps": 0}), Stage(self.head, **settings)
         for index in range(len(data)):
             extraction, objects = data.load(index)
@@ -136,12 +137,13 @@ class Bench:
             before = before[torch.isin(before.source, after.source)]
             after = after[torch.isin(after.source, before.source)]  # boxes that met on one object are one by now
             before, after = before[before.source.argsort()], after[after.source.argsort()]
-            moved = (before.boxes != after.boxes).any(1)
-            pairs.append(torch.stack([true_iou(d.boxes[moved], d.labels[moved], objects) for d in (before, after)]))
-        before, after = torch.cat(pairs, 1)
-        judged = torch.isfinite(before) & torch.isfinite(after) & (before > 0.5)
-        change = (after - before)[judged]
+            fit, refit = (true_iou(d.boxes, d.labels, objects) for d in (before, after))
+            parts.append(torch.stack([fit, refit, (before.boxes != after.boxes).any(1)]))
+        fit, refit, moved = torch.cat(parts, 1)
+        judged = torch.isfinite(fit) & torch.isfinite(refit) & (fit > 0.5)
+        change = (refit - fit)[judged & (moved > 0)]
         return {
-            "moved": int(judged.sum()), "worse": (change < 0).float().mean().item(),
+            "boxes": int(judged.sum()), "moved": len(change), "worse": (change < 0).float().mean().item(),
             "worse by over .02": (change < -0.02).float().mean().item(), "mean change": change.mean().item(),
+            "worse of all": int((change < 0).sum()) / max(int(judged.sum()), 1),
         }  # fmt: skip

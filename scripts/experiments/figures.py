@@ -3,8 +3,8 @@
     python scripts/experiments/figures.py faster_rcnn HEAD --cache CACHE
 
 Score and predicted IoU against the true IoU (its Fig. 2) and what suppression leaves, by true IoU (Fig. 3), from a head
-and the test split; AP against iterations (Fig. 4) and against the number of images, from the rows of the laboratory;
-AP against the IoU threshold, before and after, from the record of ``scripts/gain.py``.
+and the test split; AP against iterations (Fig. 4), from the rows of the laboratory; AP against the IoU threshold,
+before and after, from the record of ``scripts/gain.py``.
 """
 
 from __future__ import annotations
