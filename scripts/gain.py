@@ -130,7 +130,8 @@ def main() -> None:
     record["ranking"] = measure(bench.head, TrainingSet(bench.cache, bench.truth))
     asked = {name: rows[name] for name in ("ascent", "regression", "as chosen on val") if name in rows}
     asked["regression of all candidates"] = rows["regression"] | EVERY
-    record["made worse"] = {name: bench.made_worse(settings) for name, settings in asked.items()}
+    moving = {name: settings for name, settings in asked.items() if Stage(bench.head, **settings).moves_boxes}
+    record["made worse"] = {name: bench.made_worse(settings) for name, settings in moving.items()}
     for name, part in {"ranking": record["ranking"], **record["made worse"]}.items():
         console.print(name, {figure: round(value, 4) for figure, value in part.items()})
     if options.json:
