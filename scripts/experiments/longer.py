@@ -22,13 +22,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--heads", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--seed", type=int, default=0, help="that the heads were trained with")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     lab = Lab(detector_of("faster_rcnn"), chosen.cache)
     for variant, _, file in (entry.rpartition("=") for entry in chosen.heads):
-        if (variant, 0) not in done("longer", "faster_rcnn"):
+        if (variant, chosen.seed) not in done("longer", "faster_rcnn"):
             began = time.time()
-            keep("longer", "faster_rcnn", variant, 0, began, {}, lab.figures(IoUPredictor.load(file)))
+            keep("longer", "faster_rcnn", variant, chosen.seed, began, {}, lab.figures(IoUPredictor.load(file)))
 
 
 if __name__ == "__main__":
