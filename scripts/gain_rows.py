@@ -141,9 +141,10 @@ class Bench:
             parts.append(torch.stack([fit, refit, (before.boxes != after.boxes).any(1)]))
         fit, refit, moved = torch.cat(parts, 1)
         judged = torch.isfinite(fit) & torch.isfinite(refit) & (fit > 0.5)
-        change = (refit - fit)[judged & (moved > 0)]
+        change, moved = (refit - fit)[judged], moved[judged] > 0
+        of_moved = change[moved]
         return {
-            "boxes": int(judged.sum()), "moved": len(change), "worse": (change < 0).float().mean().item(),
-            "worse by over .02": (change < -0.02).float().mean().item(), "mean change": change.mean().item(),
-            "worse of all": int((change < 0).sum()) / max(int(judged.sum()), 1),
+            "boxes": len(change), "moved": len(of_moved), "worse": (of_moved < 0).float().mean().item(),
+            "worse by over .02": (of_moved < -0.02).float().mean().item(), "mean change": of_moved.mean().item(),
+            "worse of all": (change < 0).double().mean().item(),
         }  # fmt: skip

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import ROOT, ROWS, rows
 from torch import Tensor
 
 from iou_refiner.boxes import clip_boxes
@@ -45,9 +46,7 @@ from iou_refiner.training import agreement, fit, judgements
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from small_detectors import SHARED
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = SHARED / "data" / "coco-person"
-ROWS = ROOT / "docs" / "results" / "experiments.jsonl"
 _LR = 5e-4  # of all recipes, whatever the default becomes
 AP = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 
@@ -197,11 +196,6 @@ def climb(head: IoUPredictor, features: FeatureMaps, found: Detections, by: Any 
 
     moved = (by or partial(refine_boxes, step_size=0.05))(score, found.boxes).boxes
     return clip_boxes(moved, features.image_sizes[0])
-
-
-def rows() -> list[dict[str, Any]]:
-    """The rows there are."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def done(question: str, detector: str) -> set[tuple[str, int]]:

@@ -67,10 +67,15 @@ def columns(question: str) -> tuple[Column, ...]:
     return (*_TRAINED, _COST) if question == "trunk" else _TRAINED
 
 
+def rows() -> list[Row]:
+    """All rows there are."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
 def rows_of(question: str, detector: str) -> dict[str, list[Row]]:
     """The rows of a question by variant, in the order in which they were first run."""
     found: dict[str, list[Row]] = {}
-    for row in map(json.loads, ROWS.read_text().splitlines()):
+    for row in rows():
         if (row["question"], row["detector"]) == (question, detector):
             found.setdefault(row["variant"], []).append(row)
     return found
