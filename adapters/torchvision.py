@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner import Detections, FeatureMaps, Frame, fingerprint
-from iou_refiner._checks import require
-from iou_refiner.adapters._twins import seen_by_stage, shallow
-from iou_refiner.extraction import Suppression
+from iou_refiner.adapters.twins import seen_by_stage, shallow
+from iou_refiner.checks import require
+from iou_refiner.detector.adapter import Suppression
 
 
 class TorchvisionAdapter:

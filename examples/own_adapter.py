@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from iou_refiner import Detections, FeatureMaps, Frame
-from iou_refiner.own import OwnAdapter
+from iou_refiner.adapters.custom import OwnAdapter
 
 STRIDES = (8, 16)
 

@@ -6,49 +6,49 @@ Public names load on first use, so that ``iou-refiner --help`` and ``validate`` 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from iou_refiner._version import __version__ as __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from iou_refiner._checks import DataError as DataError
-    from iou_refiner._checks import MissingPackageError as MissingPackageError
-    from iou_refiner.data import Detections as Detections
-    from iou_refiner.data import FeatureMaps as FeatureMaps
-    from iou_refiner.data import Frame as Frame
-    from iou_refiner.evaluation import evaluate as evaluate
-    from iou_refiner.extraction import Adapter as Adapter
-    from iou_refiner.jitter import jitter_boxes as jitter_boxes
-    from iou_refiner.nms import iou_guided_nms as iou_guided_nms
-    from iou_refiner.nms import soft_nms as soft_nms
-    from iou_refiner.pooling import FeaturePyramid as FeaturePyramid
-    from iou_refiner.pooling import prroi_pool as prroi_pool
-    from iou_refiner.predictor import IoUPredictor as IoUPredictor
-    from iou_refiner.predictor import fingerprint as fingerprint
-    from iou_refiner.refine import refine_boxes as refine_boxes
-    from iou_refiner.refine import refine_boxes_paper as refine_boxes_paper
+    from iou_refiner.checks import DataError as DataError
+    from iou_refiner.checks import MissingPackageError as MissingPackageError
+    from iou_refiner.detector.adapter import Adapter as Adapter
+    from iou_refiner.evaluation.ap import evaluate as evaluate
+    from iou_refiner.head.iou_head import IoUPredictor as IoUPredictor
+    from iou_refiner.head.iou_head import fingerprint as fingerprint
+    from iou_refiner.pooling.functional import prroi_pool as prroi_pool
+    from iou_refiner.pooling.table import FeaturePyramid as FeaturePyramid
     from iou_refiner.refiner import IoURefiner as IoURefiner
-    from iou_refiner.stage import Stage as Stage
-    from iou_refiner.training import fit as fit
+    from iou_refiner.stage.ascent import refine_boxes as refine_boxes
+    from iou_refiner.stage.ascent import refine_boxes_paper as refine_boxes_paper
+    from iou_refiner.stage.nms import iou_guided_nms as iou_guided_nms
+    from iou_refiner.stage.nms import soft_nms as soft_nms
+    from iou_refiner.stage.stage import Stage as Stage
+    from iou_refiner.structures import Detections as Detections
+    from iou_refiner.structures import FeatureMaps as FeatureMaps
+    from iou_refiner.structures import Frame as Frame
+    from iou_refiner.training.jitter import jitter_boxes as jitter_boxes
+    from iou_refiner.training.loop import fit as fit
 
 _HOME = {
-    "Adapter": "extraction",
-    "DataError": "_checks",
-    "Detections": "data",
-    "FeatureMaps": "data",
-    "FeaturePyramid": "pooling",
-    "Frame": "data",
-    "IoUPredictor": "predictor",
+    "Adapter": "detector.adapter",
+    "DataError": "checks",
+    "Detections": "structures",
+    "FeatureMaps": "structures",
+    "FeaturePyramid": "pooling.table",
+    "Frame": "structures",
+    "IoUPredictor": "head.iou_head",
     "IoURefiner": "refiner",
-    "MissingPackageError": "_checks",
-    "Stage": "stage",
-    "evaluate": "evaluation",
-    "fingerprint": "predictor",
-    "fit": "training",
-    "iou_guided_nms": "nms",
-    "jitter_boxes": "jitter",
-    "prroi_pool": "pooling",
-    "refine_boxes": "refine",
-    "refine_boxes_paper": "refine",
-    "soft_nms": "nms",
+    "MissingPackageError": "checks",
+    "Stage": "stage.stage",
+    "evaluate": "evaluation.ap",
+    "fingerprint": "head.iou_head",
+    "fit": "training.loop",
+    "iou_guided_nms": "stage.nms",
+    "jitter_boxes": "training.jitter",
+    "prroi_pool": "pooling.functional",
+    "refine_boxes": "stage.ascent",
+    "refine_boxes_paper": "stage.ascent",
+    "soft_nms": "stage.nms",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

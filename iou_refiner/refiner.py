@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from iou_refiner.detectors import as_adapter, detector_name
-from iou_refiner.extraction import Adapter
-from iou_refiner.predictor import IoUPredictor
-from iou_refiner.stage import Stage
+from iou_refiner.detector.adapter import Adapter
+from iou_refiner.detector.registry import as_adapter, detector_name
+from iou_refiner.head.iou_head import IoUPredictor
+from iou_refiner.stage.stage import Stage
 
 
 class IoURefiner(nn.Module):

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from iou_refiner._checks import DataError, did_you_mean
 from iou_refiner.boxes import clip_boxes, valid_boxes
+from iou_refiner.checks import DataError, did_you_mean
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy, xyxy_to_xywh
-from iou_refiner.data import Detections
-from iou_refiner.extraction import Extraction
-from iou_refiner.stage import Stage
+from iou_refiner.detector.features import Extraction
+from iou_refiner.stage.stage import Stage
+from iou_refiner.structures import Detections
 
 #: Gives what the detector saw in an image: ``functools.partial(extract_image, adapter, folder)``, or a cache.
 Look = Callable[[Image], Extraction]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,17 +29,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from iou_refiner._checks import DataError, check_positive
-from iou_refiner._files import replacing, write_whole
+from examples.small_detectors import SIZE, network
 from iou_refiner.adapters.torchvision import TorchvisionAdapter
 from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
+from iou_refiner.checks import DataError, check_positive
 from iou_refiner.coco import GroundTruth, Image, Results, read_ground_truth, xywh_to_xyxy, xyxy_to_xywh
-from iou_refiner.evaluation import evaluate
-from iou_refiner.extraction import open_image
-from iou_refiner.views import View
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from small_detectors import SIZE, network
+from iou_refiner.detector.features import open_image
+from iou_refiner.detector.views import View
+from iou_refiner.evaluation.ap import evaluate
+from iou_refiner.files import replacing, write_whole
 
 # The backbone knows photographs already: it learns slower than what is new.
 _BACKBONE_RATE = 0.3

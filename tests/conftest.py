@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.kit.paths import SHARED
 
 # Built on the profile in force, so that hypothesis's own settings for CI stay; shared machines make deadlines flaky.
 settings.register_profile("iou-refiner", settings(), deadline=None)
@@ -27,16 +28,14 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images and models, beside the checkout or where IOU_REFINER_SHARED says; else a skip."""
-    beside = Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(os.environ.get("IOU_REFINER_SHARED", beside))
-    if not folder.is_dir():
-        pytest.skip(f"needs the shared data: no folder {folder} (set IOU_REFINER_SHARED to where it is)")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared data: no folder {SHARED} (set IOU_REFINER_SHARED to where it is)")
+    return SHARED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What the adapter contract measured, case by case."""
-    measured = getattr(sys.modules.get("adapter_case"), "MEASURED", {})
+    measured = getattr(sys.modules.get("tests.adapters.case"), "MEASURED", {})
     if not measured:
         return
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import box_iou
 from torch import Tensor
 
 from iou_refiner.boxes import (
@@ -18,6 +17,7 @@ from iou_refiner.boxes import (
     pairwise_iou,
     valid_boxes,
 )
+from tests.kit.reference import box_iou
 
 NAN, INF = float("nan"), float("inf")
 _edge = st.one_of(st.integers(-3, 8).map(float), st.floats(-1000, 1000, width=32))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iou_refiner._files import replacing
+from iou_refiner.files import replacing
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toys import SIZE, OracleHead, ToyDetector, make_dataset
 
 from iou_refiner import DataError, Detections, FeatureMaps, IoUPredictor, IoURefiner, Stage
 from iou_refiner.boxes import paired_iou, pairwise_iou
 from iou_refiner.coco import Image, read_ground_truth
-from iou_refiner.detectors import as_adapter, detector_from_spec, installed_adapters
-from iou_refiner.extraction import extract_image
-from iou_refiner.nms import soft_nms
+from iou_refiner.detector.features import extract_image
+from iou_refiner.detector.registry import as_adapter, detector_from_spec, installed_adapters
+from iou_refiner.stage.nms import soft_nms
+from tests.kit.toys import SIZE, OracleHead, ToyDetector, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def scene(tmp_path_factory):
 
 
 def _open(folder, image: Image):
-    from iou_refiner.extraction import open_image
+    from iou_refiner.detector.features import open_image
 
     return open_image(folder, image)
 
@@ -315,7 +315,9 @@ class TestDetectors:
             detector_from_spec(spec)
 
     def test_a_function_in_a_file(self, tmp_path):
-        (tmp_path / "mine.py").write_text("from toys import ToyDetector\n\ndef make():\n    return ToyDetector({})\n")
+        (tmp_path / "mine.py").write_text(
+            "from tests.kit.toys import ToyDetector\n\ndef make():\n    return ToyDetector({})\n"
+        )
         assert isinstance(detector_from_spec(f"{tmp_path / 'mine.py'}:make"), ToyDetector)
 
 

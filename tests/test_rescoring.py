@@ -5,12 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from toys import SIZE, make_dataset
 
 from iou_refiner import DataError, IoUPredictor, Stage
 from iou_refiner.coco import GroundTruth, Results, read_ground_truth, xywh_to_xyxy
-from iou_refiner.extraction import FeatureCache, extract_image
+from iou_refiner.detector.features import extract_image
+from iou_refiner.detector.sources import FeatureCache
 from iou_refiner.rescoring import category_map, dump_candidates, rescore
+from tests.kit.toys import SIZE, make_dataset
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,288 @@
+"""COCO json in: results record by record with every fault named, ground truth as a whole, both into columns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from iou_refiner.coco.data import ID_LIMITS, Box, GroundTruth, GroundTruthFile, Id, IntArray, Results
+from iou_refiner.coco.stream import CURES, FormatError, Problem, Window, opened, quoted, read_object, windows
+
+
+class _Record(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    image_id: Id
+    category_id: Id
+    bbox: Box
+    score: float
+    iou: float = float("nan")  # JSON cannot say NaN, so here it means absent
+
+
+class _RecordWithMore(_Record, forbid_unknown_fields=False):
+    """The same, next to keys that are not named here."""
+
+
+_PLAIN_RECORDS = msgspec.json.Decoder(list[_Record])
+_RECORDS = msgspec.json.Decoder(list[_RecordWithMore])
+_OBJECTS = msgspec.json.Decoder(list[dict[str, Any]])
+_UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some consecutive readable records of a file: their rows, with NaN for an absent iou, and their numbers from 1."""
+
+    results: Results
+    numbers: IntArray
+
+
+def _columns(records: Sequence[_Record], extra: tuple[dict[str, Any], ...] | None) -> Results:
+    count = len(records)
+    return Results(
+        np.fromiter((record.image_id for record in records), np.int64, count),
+        np.fromiter((record.category_id for record in records), np.int64, count),
+        np.fromiter(chain.from_iterable(record.bbox for record in records), np.float64, 4 * count).reshape(count, 4),
+        np.fromiter((record.score for record in records), np.float64, count),
+        np.fromiter((record.iou for record in records), np.float64, count),
+        extra,
+    )
+
+
+def _decode(body: bytes) -> Results:
+    """Columns of a JSON list of records; raises one of ``_UNDECODABLE``."""
+    try:
+        return _columns(_PLAIN_RECORDS.decode(body), None)
+    except _UNDECODABLE:  # perhaps only for a key of the user's own, which costs a second pass to keep
+        records = _RECORDS.decode(body)
+        return _columns(records, tuple(_other_keys(found) for found in _OBJECTS.decode(body)))
+
+
+def _other_keys(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in _Record.__struct_fields__}
+
+
+def iter_results(path: str | Path, report: Callable[[Problem], None]) -> Iterator[Chunk]:
+    """Read a results file window by window, hand every fault of a record to ``report``, and go on with the next.
+
+    Args:
+        path: a .json or .json.gz file, one list of records.
+        report: called once per fault; may raise to stop. Faulty records are left out of the chunks.
+
+    Raises:
+        FormatError: the file as a whole cannot be read further.
+    """
+    path = Path(path)
+    first = 1
+    with opened(path) as stream:
+        for window in windows(stream, path):
+            start, end = int(window.starts[0]), int(window.ends[-1])
+            numbers = np.arange(first, first + len(window.starts))
+            gap = window.data[:start].strip()
+            try:
+                if gap != (b"" if first == 1 else b","):
+                    raise msgspec.DecodeError
+                chunk = Chunk(_decode(b"[" + window.data[start:end] + b"]"), numbers)
+            except _UNDECODABLE:
+                chunk = _decode_one_by_one(window, first, report)
+            yield chunk
+            first += len(numbers)
+
+
+def _decode_one_by_one(window: Window, first: int, report: Callable[[Problem], None]) -> Chunk:
+    """The readable records of a window in which something is wrong, all else reported."""
+    readable, numbers, position = [], [], 0
+    for number, (start, end) in enumerate(zip(window.starts.tolist(), window.ends.tolist(), strict=True), first):
+        gap = window.data[position:start].strip()
+        if gap != (b"" if number == 1 else b","):
+            where = f"before it (byte {window.offset + position:,})"
+            expected = "nothing" if number == 1 else "a comma"
+            report(Problem("E102", number, None, f"expected {expected} {where}, found {quoted(gap)}."))
+        position, text = end, window.data[start:end]
+        try:
+            _RECORDS.decode(b"[" + text + b"]")
+            _OBJECTS.decode(b"[" + text + b"]")
+        except _UNDECODABLE as error:
+            image_id, faults = _faults(text)
+            for code, what in faults or [("E202", f"{error}.")]:
+                report(Problem(code, number, image_id, what))
+        else:
+            readable.append(text)
+            numbers.append(number)
+    return Chunk(_decode(b"[" + b",".join(readable) + b"]"), np.array(numbers, np.int64))
+
+
+def _faults(text: bytes) -> tuple[int | None, list[tuple[str, str]]]:
+    """The image id of a record that did not decode, and all that is wrong with it as (code, text)."""
+    literals: list[str] = []  # what JSON does not know and Python's reader does
+
+    def constant(literal: str) -> float:
+        literals.append(literal)
+        return float(literal)
+
+    try:
+        record = json.loads(text, parse_constant=constant)
+    except RecursionError:
+        return None, [("E102", "is nested too deeply to be read.")]
+    except ValueError as error:
+        return None, [("E102", f"is not JSON ({error}).")]
+    if not isinstance(record, dict):
+        return None, [("E202", f"is {_kind(record)}, expected an object.")]
+    faults = [*_id_faults(record), *_box_faults(record), *_number_faults(record)]
+    if literals:
+        faults = [fault for fault in faults if fault[0] != "E204"]
+        faults.append(("E103", f"holds the literal {', '.join(sorted(set(literals)))}, which JSON does not know."))
+    image_id = record.get("image_id")
+    return image_id if _is_id(image_id) else None, faults
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and ID_LIMITS[0] <= value <= ID_LIMITS[1]
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(abs(value) <= sys.float_info.max)
+
+
+def _id_faults(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("image_id", "category_id"):
+        if key not in record:
+            yield "E201", f"has no {key}."
+        elif not _is_id(record[key]):
+            yield "E202", f"{key} is {_kind(record[key])}, expected an integer of 64 bits."
+
+
+def _box_faults(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    box = record.get("bbox")
+    if "bbox" not in record:
+        yield "E201", "has no bbox."
+    elif not isinstance(box, list):
+        yield "E203", f"bbox is {_kind(box)}, expected four numbers."
+    elif len(box) != 4:
+        yield "E203", f"bbox has {len(box)} values, expected four numbers."
+    elif wrong := [value for value in box if type(value) not in (int, float)]:
+        yield "E203", f"bbox holds {_kind(wrong[0])}, expected four numbers."
+    elif not all(map(_is_finite, box)):
+        yield "E204", f"bbox is not finite ({box})."
+
+
+def _number_faults(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("score", "iou"):
+        if key not in record:
+            if key == "score":
+                yield "E201", "has no score."
+        elif type(record[key]) not in (int, float):
+            yield "E202", f"{key} is {_kind(record[key])}, expected a number."
+        elif not _is_finite(record[key]):
+            yield "E204", f"{key} is not finite ({record[key]})."
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"a boolean ({str(value).lower()})"
+    if isinstance(value, str):
+        return f"a string ({json.dumps(value[:40], ensure_ascii=False)})"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "an object" if isinstance(value, dict) else f"the number {value}"
+
+
+def join_chunks(chunks: Iterable[Chunk], report: Callable[[Problem], None]) -> Chunk:
+    """All chunks of a file as one, its ``iou`` None where no record has one; reports records that alone lack it."""
+    chunks = list(chunks)
+    results = Results.concat(chunk.results for chunk in chunks)
+    numbers = np.concatenate([np.empty(0, np.int64), *(chunk.numbers for chunk in chunks)])
+    if results.iou is None:
+        return Chunk(results, numbers)
+    absent = np.isnan(results.iou)
+    if not absent.any():
+        return Chunk(results, numbers)
+    if not absent.all():
+        for row in np.flatnonzero(absent).tolist():
+            text = "has no iou, though other records have one."
+            report(Problem("E201", int(numbers[row]), int(results.image_id[row]), text))
+    without = Results(results.image_id, results.category_id, results.bbox, results.score, None, results.extra)
+    return Chunk(without, numbers)
+
+
+def read_results(path: str | Path) -> Results:
+    """Read detections from a .json or .json.gz file.
+
+    Types and finiteness are checked, meaning is not (sizes, ranges, ids unknown to a ground truth): ``validate`` does.
+
+    Raises:
+        DataError: the first fault found, naming file, record and cure.
+    """
+
+    def refuse(problem: Problem) -> None:
+        raise FormatError(problem.code, f"{path}: {problem} {CURES[problem.code]}")
+
+    return join_chunks(iter_results(path, refuse), refuse).results
+
+
+def read_ground_truth_file(path: str | Path) -> GroundTruthFile:
+    """Read a .json or .json.gz ground truth file as it stands.
+
+    Raises:
+        FormatError: the first fault found, naming file, entry and cure.
+    """
+    return read_object(Path(path), GroundTruthFile)
+
+
+def read_ground_truth(path: str | Path) -> GroundTruth:
+    """Read annotated images from a .json or .json.gz file.
+
+    Raises:
+        DataError: the file breaks its format, an image or category id occurs twice, or an annotation names an image
+            or category that is not listed.
+    """
+    return to_ground_truth(read_ground_truth_file(path), path)
+
+
+def to_ground_truth(file: GroundTruthFile, path: str | Path) -> GroundTruth:
+    """Columns of a ground truth file, missing area and iscrowd filled; ``path`` is for messages.
+
+    Raises:
+        DataError: as :func:`read_ground_truth`.
+    """
+    rows, count = file.annotations, len(file.annotations)
+    image_id = np.fromiter((row.image_id for row in rows), np.int64, count)
+    category_id = np.fromiter((row.category_id for row in rows), np.int64, count)
+    bbox = np.fromiter(chain.from_iterable(row.bbox for row in rows), np.float64, 4 * count).reshape(count, 4)
+    area = np.fromiter((np.nan if row.area is None else row.area for row in rows), np.float64, count)
+    for name, listed, used in (
+        ("image", [image.id for image in file.images], image_id),
+        ("category", [category.id for category in file.categories], category_id),
+    ):
+        _check_listed(path, name, np.array(listed, np.int64), used)
+    return GroundTruth(
+        tuple(file.images),
+        tuple(file.categories),
+        np.fromiter((row.id for row in rows), np.int64, count),
+        image_id,
+        category_id,
+        bbox,
+        np.where(np.isnan(area), bbox[:, 2] * bbox[:, 3], area),
+        np.fromiter((bool(row.iscrowd) for row in rows), np.bool_, count),
+    )
+
+
+def _check_listed(path: str | Path, name: str, listed: IntArray, used: IntArray) -> None:
+    ids, counts = np.unique(listed, return_counts=True)
+    if (counts > 1).any():
+        twice = ids[counts > 1][:5].tolist()
+        raise FormatError("E401", f"{path}: {name} ids must be unique, {twice} occur more than once. Number them anew.")
+    unknown = np.flatnonzero(~np.isin(used, ids))
+    if len(unknown):
+        entry = int(unknown[0])
+        code = "E301" if name == "image" else "E302"
+        text = f"annotations, entry {entry + 1:,} counting from 1: {name} {used[entry]} is not listed in the file"
+        raise FormatError(code, f"{path}: {text} ({len(unknown):,} such). List it, or drop the annotation.")

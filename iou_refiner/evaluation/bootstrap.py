@@ -1,0 +1,229 @@
+"""The interval of a difference in AP, by a paired bootstrap over images.
+
+Only the accumulation of AP mixes images; the matching of detections to objects does not. So one matching, that of
+pycocotools, serves all resamples: a resample is a vector of image multiplicities, and its precision curve is a weighted
+running sum over detections that were sorted once. Precision rises at hits and falls between them, so a curve and its
+envelope are needed at the hits alone, of which there are at most as many as objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.cocoeval import COCOeval
+
+from iou_refiner.checks import check_positive
+from iou_refiner.coco import GroundTruth, Results
+from iou_refiner.coco.data import FloatArray, IntArray
+from iou_refiner.evaluation.ap import METRICS, Evaluation, check, match, metrics, or_none, plain, points, summary
+
+_RECALLS = np.linspace(0, 1, 101)
+# Weights gathered at once (resamples x detections): 16 MB, enough to be fast and little enough to stay near the cache.
+_CHUNK = 2_000_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of detections of the same images, and how sure their difference is.
+
+    Args:
+        before: the numbers of the first set.
+        after: the numbers of the second.
+        intervals: 95 % interval ``(low, high)`` of after minus before per metric; NaN where it cannot be had.
+        resamples: how many resamples of the images the intervals rest on.
+        seed: what the resamples were drawn with.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    intervals: Mapping[str, tuple[float, float]]
+    resamples: int
+    seed: int
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """After minus before, per metric."""
+        return {name: value - self.before.metrics[name] for name, value in self.after.metrics.items()}
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """A row ("AP", "17.9", "20.1", "+2.2", "[+1.5, +2.9]") per metric, in points; "-" for what cannot be had."""
+        table = []
+        for name, difference in self.differences.items():
+            low, high = self.intervals[name]
+            spread = "-" if np.isnan(low) else f"[{points(low, '+')}, {points(high, '+')}]"
+            sides = points(self.before.metrics[name]), points(self.after.metrics[name])
+            table.append((name, *sides, points(difference, "+"), spread))
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for json, fractions in [0, 1]; None for what cannot be had."""
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "differences": plain(self.differences),
+            "intervals": {name: [or_none(low), or_none(high)] for name, (low, high) in self.intervals.items()},
+            "resamples": self.resamples,
+            "seed": self.seed,
+        }
+
+
+def compare(
+    before: Results,
+    after: Results,
+    ground_truth: GroundTruth,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    max_dets: int = 100,
+) -> Comparison:
+    """Measure two sets of detections, and the 95 % interval of their difference by a paired bootstrap over images.
+
+    Each resample draws as many images as there are, with replacement, and measures both sets on the same draw. A
+    category without an object in a draw does not count in it, as in pycocotools.
+
+    Args:
+        before, after, ground_truth, max_dets: as in :func:`iou_refiner.evaluation.ap.evaluate`.
+        resamples: number of draws; 0 leaves the intervals NaN.
+        seed: of the draws; the same seed gives the same intervals.
+
+    Raises:
+        DataError: as :func:`iou_refiner.evaluation.ap.evaluate`; the message names ``before`` or ``after``.
+        ValueError: ``max_dets`` is not positive, or ``resamples`` is negative.
+    """
+    check_positive("max_dets", max_dets)
+    if resamples < 0:
+        raise ValueError(f"`resamples` must not be negative, got {resamples}.")
+    check(ground_truth, before=before, after=after)
+    sides, draws = [], []
+    for results in (before, after):
+        evaluator = match(results, ground_truth, max_dets)
+        sides.append(summary(evaluator, len(results)))
+        # Drawn anew for each side, from one seed: the same images for both.
+        draws.append(weighted_metrics(curves(evaluator), resample(sides[-1].images, resamples, seed)))
+    intervals = {name: interval(draws[1][name] - draws[0][name]) for name in METRICS}
+    return Comparison(sides[0], sides[1], intervals, resamples, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What the precision curve of one category and area range is made of, D detections by falling score.
+
+    Args:
+        image: (D,) which image, by index, each detection lies in.
+        hit: (T, D) bool, detection found an object at IoU threshold ``t``.
+        counted: (T, D) bool, detection is a hit or a false alarm at threshold ``t``, not ignored.
+        objects: (I,) number of objects to be found in each image.
+    """
+
+    image: IntArray
+    hit: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
+    objects: IntArray
+
+    @classmethod
+    def from_matches(cls, matches: Sequence[dict[str, Any] | None], thresholds: int) -> Curve:
+        """The curve of one entry per image of ``COCOeval.evalImgs``; an image without anything has None."""
+        present = [(index, entry) for index, entry in enumerate(matches) if entry is not None]
+        objects = np.zeros(len(matches), np.int64)
+        for index, entry in present:
+            objects[index] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
+        if not present:
+            nothing = np.zeros((thresholds, 0), bool)
+            return cls(np.zeros(0, np.int64), nothing, nothing, objects)
+        image = np.repeat([index for index, _ in present], [len(entry["dtScores"]) for _, entry in present])
+        scores = np.concatenate([entry["dtScores"] for _, entry in present])
+        order = np.argsort(-scores, kind="stable")  # ties stay in image order, as in pycocotools
+        matched = np.concatenate([entry["dtMatches"] for _, entry in present], axis=1)[:, order] != 0
+        counted = np.concatenate([entry["dtIgnore"] for _, entry in present], axis=1)[:, order] == 0
+        return cls(image[order], matched & counted, counted, objects)
+
+
+def curves(evaluator: COCOeval) -> list[list[Curve]]:
+    """One row per category, one curve per area range."""
+    params = evaluator.params
+    images, areas, thresholds = len(params.imgIds), len(params.areaRng), len(params.iouThrs)
+
+    def curve(category: int, area: int) -> Curve:
+        start = (category * areas + area) * images
+        return Curve.from_matches(evaluator.evalImgs[start : start + images], thresholds)
+
+    return [[curve(category, area) for area in range(areas)] for category in range(len(params.catIds))]
+
+
+def _running(weights: IntArray, image: IntArray, members: IntArray, at: IntArray) -> IntArray:
+    """Weight (B, len(at)) of the detections ``members`` up to and including each position of ``at``; both sorted."""
+    total = np.zeros((len(weights), len(members) + 1), np.int64)
+    np.cumsum(weights[:, image[members]], axis=1, out=total[:, 1:])
+    return total[:, np.searchsorted(members, at, side="right")]
+
+
+def _weighted_curve(curve: Curve, weights: IntArray) -> tuple[FloatArray, FloatArray]:
+    """AP and final recall, each (B, T), of one curve under (B, I) image multiplicities; NaN where no object is left."""
+    objects = weights @ curve.objects
+    precision = np.zeros((len(weights), len(curve.hit)))
+    recall = np.zeros_like(precision)
+    # Hardly any detection is ignored at some thresholds only: what all thresholds count is summed once for all.
+    always = curve.counted.all(0)
+    anchors = np.flatnonzero(curve.hit.any(0))
+    shared = _running(weights, curve.image, np.flatnonzero(always), anchors)
+    for t, (hit, counted) in enumerate(zip(curve.hit, curve.counted, strict=True)):
+        at = np.flatnonzero(hit)
+        if not len(at):
+            continue
+        hits = _running(weights, curve.image, at, at)
+        alone = _running(weights, curve.image, np.flatnonzero(counted & ~always), at)
+        seen = shared[:, np.searchsorted(anchors, at)] + alone
+        envelope = np.maximum.accumulate((hits / np.maximum(seen, 1))[:, ::-1], axis=1)[:, ::-1]
+        reached = hits / np.maximum(objects, 1)[:, None]
+        levels = np.searchsorted(_RECALLS, reached, side="right")  # recall levels passed so far
+        precision[:, t] = (envelope * np.diff(levels, axis=1, prepend=0)).sum(1) / len(_RECALLS)
+        recall[:, t] = reached[:, -1]
+    precision[objects == 0] = recall[objects == 0] = np.nan
+    return precision, recall
+
+
+def weighted_metrics(curves: Sequence[Sequence[Curve]], weights: IntArray) -> dict[str, FloatArray]:
+    """Every metric under image multiplicities.
+
+    Args:
+        curves: one row per category, one curve per area range.
+        weights: (B, I) int64, how often each image counts, one row per resample.
+
+    Returns:
+        (B,) per name of :data:`iou_refiner.evaluation.ap.METRICS`. With all multiplicities 1 these are the numbers of
+        pycocotools; in general those of a data set with repeated images, but for the order of equal scores within one.
+    """
+    areas, thresholds = len(curves[0]) if curves else 4, 10
+    precision = np.full((len(weights), len(curves), areas, thresholds), np.nan)
+    recall = np.full((len(weights), len(curves), thresholds), np.nan)
+    for k, row in enumerate(curves):
+        for a, curve in enumerate(row):
+            rows = max(1, _CHUNK // max(1, len(curve.image)))
+            for start in range(0, len(weights), rows):
+                part = slice(start, start + rows)
+                precision[part, k, a], final = _weighted_curve(curve, weights[part])
+                if a == 0:
+                    recall[part, k] = final
+    return metrics(precision, recall)
+
+
+def resample(images: int, resamples: int, seed: int) -> IntArray:
+    """Image multiplicities (resamples, images) of drawing ``images`` images with replacement, again and again."""
+    generator = np.random.default_rng(seed)
+    weights = np.zeros((resamples, images), np.int64)
+    for row in weights:
+        row += np.bincount(generator.integers(max(images, 1), size=images), minlength=images)
+    return weights
+
+
+def interval(differences: FloatArray, coverage: float = 0.95) -> tuple[float, float]:
+    """The central percentile interval of (B,) resampled differences; NaN ones do not count, none gives (NaN, NaN)."""
+    differences = differences[~np.isnan(differences)]
+    if not len(differences):
+        return float("nan"), float("nan")
+    low, high = np.quantile(differences, [(1 - coverage) / 2, (1 + coverage) / 2])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Training of the head on the features of a frozen detector."""

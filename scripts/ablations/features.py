@@ -1,0 +1,21 @@
+"""Question 3: which features of the detector a box is read from, and where.
+
+How many levels, how much of what surrounds the box, how many bins, which alignment of cells.
+"""
+
+from __future__ import annotations
+
+from scripts.ablations.harness import Variant, ask
+
+VARIANTS = {
+    "default: 3 levels, 1.5 of the box, 7 x 7": Variant(),
+    "1 level, FPN's": Variant(head={"levels": 1}),
+    "the box alone": Variant(head={"context": 1.0}),
+    "2 of the box": Variant(head={"context": 2.0}),
+    "5 x 5": Variant(head={"output_size": 5}),
+    "9 x 9": Variant(head={"output_size": 9}),
+    "cells at i * stride": Variant(head={"aligned": False}),
+}
+
+if __name__ == "__main__":
+    ask("features", VARIANTS, __doc__)

@@ -1,0 +1,272 @@
+"""The command line as a user meets it: real commands on real files, their output, exit codes and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iou_refiner import __version__, cli
+from iou_refiner.coco import Results, read_results, write_results
+from iou_refiner.pooling import portable
+from iou_refiner.validation.nms_trace import suppressed_at
+from tests.kit.paths import ROOT
+from tests.kit.toys import make_dataset
+
+DATA = ("--detector", "mine.py:detector", "--ann", "images/annotation.json", "--images", "images")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A data set, a detector named by a file, and a trained head: what a user has after `train`."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_dataset(folder / "images", 8)
+    (folder / "mine.py").write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from tests.kit.toys import make_dataset
+
+        def detector():
+            return make_dataset(__import__("pathlib").Path({str(folder / "again")!r}), 8)[1]
+        """)
+    )
+    return folder
+
+
+@pytest.fixture
+def run(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(home) -> Path:
+    settings = ("--epochs", "8", "--lr", "3e-3", "--width", "4", "--hidden", "16", "--boxes-per-image", "24")
+    subprocess.run(
+        [sys.executable, "-m", "iou_refiner", "train", *DATA, "-o", "run", *settings, "--val-ann", DATA[3]],
+        cwd=home, check=True, capture_output=True,
+    )  # fmt: skip
+    return home / "run" / "head.safetensors"
+
+
+class TestSurface:
+    def test_help_is_fast_and_names_every_command(self, run):
+        status, out, _ = run("--help")
+        assert status == 0
+        for command in ("demo", "doctor", "validate", "dump", "train", "rescore", "eval", "info"):
+            assert f" {command} " in out
+        for command in ("dump", "train", "rescore", "eval"):
+            assert run(command, "--help")[0] == 0
+
+    def test_version(self, run):
+        assert run("--version")[1].strip() == __version__
+
+    def test_the_module_runs_too(self, home):
+        done = subprocess.run(
+            [sys.executable, "-m", "iou_refiner", "--version"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == __version__
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("trian",), 'Did you mean "train"'),
+            (("dump", *DATA, "-o", "x.json", "--topp", "3"), "--topp"),
+            (("dump",), "--detector"),
+            (("rescore",), "DETECTIONS"),
+        ],
+    )
+    def test_wrong_words_are_usage_errors(self, run, words, message):
+        status, out, err = run(*words)
+        assert status == 2
+        assert message.lower() in err.lower()
+        assert out == ""
+
+    def test_errors_are_json_too_if_asked(self, run):
+        status, out, _ = run("info", "nothing.safetensors", "--json")
+        assert status == 3
+        assert json.loads(out)["exit"] == 3
+
+    def test_what_nobody_expected_ends_with_1_and_a_traceback_only_if_asked(self, run, monkeypatch):
+        monkeypatch.setattr("iou_refiner.cli.doctor.examine", lambda: 1 / 0)
+        status, _, err = run("doctor")
+        assert status == 1
+        assert "ZeroDivisionError" in err
+        assert "Traceback" not in err
+        assert "Traceback" in run("doctor", "-v")[2]
+
+    def test_interrupted_is_130(self, run, monkeypatch):
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("iou_refiner.cli.doctor.examine", interrupt)
+        assert run("doctor")[0] == 130
+
+    def test_a_missing_package_is_5_with_the_pip_line(self, run, monkeypatch, home):
+        monkeypatch.chdir(home)
+        (home / "some.onnx").write_bytes(b"")
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        status, _, err = run("dump", "--detector", "onnx:some.onnx", *DATA[2:], "-o", "x.json")
+        assert status == 5
+        assert 'pip install "iou-refiner[onnx]"' in err
+
+
+class TestDoctor:
+    def test_it_finds_this_machine_well(self, run):
+        status, out, _ = run("doctor", "--json")
+        found = json.loads(out)
+        assert status == 0
+        assert found["ok"]
+        assert found["pooling"]["cpu"] == "portable: right"
+        assert found["versions"]["iou-refiner"] == __version__
+
+    def test_it_notices_wrong_pooling(self, run, monkeypatch):
+        right = portable.forward_keeping
+        monkeypatch.setattr(portable, "forward_keeping", lambda *a: (right(*a)[0] + 0.01, right(*a)[1]))
+        status, out, _ = run("doctor")
+        assert status == 1
+        assert "wrong by 0.01" in out
+
+
+class TestThreeJobs:
+    def test_dump_train_rescore_eval(self, run, home, trained):
+        status, out, _ = run("dump", *DATA, "-o", "dets.json", "--json")
+        assert status == 0
+        assert json.loads(out)["records"] == len(read_results("dets.json"))
+        status, out, err = run("rescore", "dets.json", "--head", trained, *DATA, "-o", "better.json")
+        assert status == 0
+        assert "8 images" in out
+        assert err == ""
+        better = read_results("better.json")
+        assert better.iou is not None
+        words = ("--ann", "images/annotation.json", "--baseline", "dets.json", "--json", "--bootstrap", "50")
+        status, out, _ = run("eval", "better.json", *words)
+        comparison = json.loads(out)
+        assert status == 0
+        assert comparison["after"]["metrics"]["AP"] > comparison["before"]["metrics"]["AP"]
+        status, out, _ = run("eval", "better.json", "--ann", "images/annotation.json")
+        assert status == 0
+        assert "AP50" in out
+
+    def test_the_saved_config_gives_the_same_bytes_again(self, run, trained, home):
+        run("dump", *DATA, "-o", "a.json", "--overwrite")
+        run("rescore", "a.json", "--head", trained, *DATA, "-o", "b.json", "--steps", "3", "--nms", "greedy")
+        first = Path("b.json").read_bytes()
+        config = json.loads(Path("b.json.config.json").read_text())
+        assert config["rescore"]["steps"] == 3
+        status, _, err = run("rescore", "--config", "b.json.config.json", "--overwrite")
+        assert status == 0, err
+        assert Path("b.json").read_bytes() == first
+
+    def test_a_typo_in_a_config_is_named(self, run, home):
+        Path("typo.toml").write_text("[dump]\ntopp = 3\n")
+        status, _, err = run("dump", *DATA, "-o", "never.json", "--config", "typo.toml")
+        assert status == 2
+        assert "topp" in err
+        assert not Path("never.json").exists()
+
+    def test_environment_variables_set_options(self, run, home, monkeypatch):
+        monkeypatch.setenv("IOU_REFINER_DUMP_TOP", "2")
+        run("dump", *DATA, "-o", "two.json")
+        assert len(read_results("two.json")) == 16
+
+    def test_the_head_describes_itself(self, run, trained):
+        status, out, _ = run("info", trained, "--json")
+        about = json.loads(out)
+        assert status == 0
+        assert about["settings"]["width"] == 4
+        assert about["training"]["epochs"] == 8
+        assert "pearson" in about["metrics"]
+        assert "width: 4" in run("info", trained)[1]
+
+    def test_a_file_already_suppressed_is_pointed_out(self, run, trained, home):
+        # Pairs of boxes whose overlaps pile up below .5, with none above: what NMS at .5 leaves.
+        image = np.repeat(np.arange(1, 9), 8)
+        pair = np.tile(np.repeat(np.arange(4), 2), 8)
+        shift = np.tile([0.0, 1.0], 32) * np.repeat(np.linspace(8.1, 9.5, 32), 2)
+        bbox = np.stack([2 + shift, 2.0 + 15 * pair, np.full(64, 24.0), np.full(64, 14.0)], 1)
+        results = Results(image, np.ones(64, np.int64), bbox, np.linspace(0.01, 0.9, 64))
+        assert suppressed_at(results) == pytest.approx(0.495, abs=0.01)
+        write_results("nmsed.json", results)
+        status, _, err = run("rescore", "nmsed.json", "--head", trained, *DATA, "-o", "n.json", "--nms", "iou")
+        assert status == 0
+        assert "already NMS-ed at about 0.5" in err
+        assert "iou-refiner dump" in err
+
+
+class TestNothingIsLost:
+    def test_an_input_is_never_the_output(self, run, trained, home):
+        run("dump", *DATA, "-o", "keep.json", "--overwrite")
+        before = Path("keep.json").read_bytes()
+        status, _, err = run("rescore", "keep.json", "--head", trained, *DATA, "-o", "./keep.json", "--overwrite")
+        assert status == 2
+        assert "is also an input" in err
+        assert Path("keep.json").read_bytes() == before
+
+    def test_an_output_that_exists_is_kept_unless_told(self, run, home):
+        Path("there.json").write_text("precious")
+        status, _, err = run("dump", *DATA, "-o", "there.json")
+        assert status == 2
+        assert "--overwrite" in err
+        assert Path("there.json").read_text() == "precious"
+        assert run("dump", *DATA, "-o", "there.json", "--overwrite")[0] == 0
+
+    def test_a_trained_head_is_kept_unless_told(self, run, trained):
+        status, _, err = run("train", *DATA, "-o", "run")
+        assert status == 2
+        assert "holds a head already" in err
+
+    def test_a_failing_command_leaves_no_output(self, run, trained, home):
+        Path("bad.json").write_text('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": "0.9"}]')
+        status, _, err = run("rescore", "bad.json", "--head", trained, *DATA, "-o", "none.json")
+        assert status == 3
+        assert "record 1" in err
+        assert not list(Path().glob("none.json*"))
+
+
+class TestGates:
+    def test_a_missed_gate_is_4(self, run, home):
+        run("dump", *DATA, "-o", "gate.json", "--overwrite")
+        words = ("eval", "gate.json", "--ann", "images/annotation.json", "--fail-under")
+        assert run(*words, "AP=0.0")[0] == 0
+        status, _, err = run(*words, "AP=0.99")
+        assert status == 4
+        assert "Gate missed: AP is" in err
+        assert run(*words, "AQ=0.5")[0] == 2
+        assert run(*words, "+AP=0")[0] == 2
+        assert run(*words, "AP")[0] == 2
+
+    def test_validate_by_exit_code(self, run, home):
+        run("dump", *DATA, "-o", "valid.json", "--overwrite")
+        assert run("validate", "valid.json", "--ann", "images/annotation.json")[0] == 0
+        Path("nan.json").write_text('[{"image_id": 1, "category_id": 1, "bbox": [NaN, 2, 3, 4], "score": 0.9}]')
+        status, out, _ = run("validate", "nan.json")
+        assert status == 3
+        assert "E103" in out
+        assert run("eval", "nan.json", "--ann", "images/annotation.json")[0] == 3
+
+
+def test_validate_and_help_never_wait_for_torch(home):
+    (home / "few.json").write_text("[]")
+    for words in (["--help"], ["validate", "few.json"], ["rescore", "--help"]):
+        code = (
+            f"import sys\nfrom iou_refiner.cli import main\ntry:\n    main({words!r})\n"
+            "finally:\n    assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""The fixture kit: what tests of several folders share."""

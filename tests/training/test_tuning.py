@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from iou_refiner.coco import GroundTruth, read_ground_truth, xywh_to_xyxy
+from iou_refiner.detector.features import extract_image
+from iou_refiner.training import tuning
+from iou_refiner.training.tuning import choose_settings
+from tests.kit.toys import OracleHead, make_dataset
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuning")
+    path, detector = make_dataset(folder, 6)
+    return read_ground_truth(path), partial(extract_image, detector, folder)
+
+
+class PerImage(OracleHead):
+    """An oracle asked about one image at a time, in the order of the data set."""
+
+    def __init__(self, truth: GroundTruth, *, knows: bool):
+        rows = truth.by_image()
+        super().__init__([torch.from_numpy(xywh_to_xyxy(truth.bbox[rows[i.id]])).float() for i in truth.images])
+        self.everything, self.keys, self.knows = self.objects, [], knows
+
+    def encode(self, features):
+        # Which image this is shows in its pixels: the objects are its only bright ones.
+        bright = features.levels[0][0, 0] > 0.5
+        inside = [all(bright[int(y1) + 1, int(x1) + 1] for x1, y1, *_ in boxes) for boxes in self.everything]
+        sizes = [abs(float((b[:, 2:] - b[:, :2]).prod(1).sum()) - float(bright.sum())) for b in self.everything]
+        fits = [index for index, ok in enumerate(inside) if ok and sizes[index] < 1]
+        self.objects = [self.everything[fits[0]]]
+        return super().encode(features)
+
+    def forward(self, pyramid, boxes, image_index, labels=None, level=None):
+        value = super().forward(pyramid, boxes, image_index, labels, level)
+        return value if self.knows else -value
+
+
+def test_a_head_that_knows_is_put_to_use(scene):
+    truth, look = scene
+    chosen, record = choose_settings(PerImage(truth, knows=True), look, None, truth)
+    assert chosen["rank_alpha"] > 0
+    assert chosen["steps"] > 0
+    # The settings chosen are among the trials, and none measured better by more than the trifles passed over.
+    value = next(t["AP"] for t in record if all(t[name] == chosen[name] for name in chosen))
+    assert value > record[0]["AP"] + 0.1
+    assert value >= max(t["AP"] for t in record) - 0.004
+
+
+def test_a_head_that_misleads_is_left_out(scene):
+    truth, look = scene
+    chosen, record = choose_settings(PerImage(truth, knows=False), look, None, truth)
+    assert chosen["rank_alpha"] == 0
+    assert chosen["steps"] == 0
+    assert chosen["score_alpha"] == 0
+    assert min(t["AP"] for t in record) < record[0]["AP"] - 0.05
+
+
+def test_a_setting_is_not_changed_for_a_trifle(scene, monkeypatch):
+    truth, look = scene
+    trifles = cycle([0.0, 0.0009, 0.0004])
+    monkeypatch.setattr(
+        tuning, "evaluate", lambda *_: SimpleNamespace(metrics={"AP": 0.3 + next(trifles), "AP50": 0.5})
+    )
+    chosen, record = choose_settings(PerImage(truth, knows=True), look, None, truth)
+    assert chosen == {name: value for name, value in record[0].items() if name not in ("AP", "AP50")}
+
+
+def test_progress_counts_every_trial(scene):
+    truth, look = scene
+    seen = []
+    _, record = choose_settings(
+        PerImage(truth, knows=True), look, None, truth, progress=lambda phase, done, total: seen.append((done, total))
+    )
+    assert seen == [(n, len(record)) for n in range(1, len(record) + 1)]
