@@ -1,8 +1,9 @@
 """torchvision's detectors: Faster, Mask and Keypoint R-CNN; RetinaNet, FCOS, SSD and SSDlite.
 
 The detector itself is never touched. A call runs a shallow twin of it, which shares every weight and hook and differs
-in one method, ``postprocess_detections``: where the detector would suppress its boxes, the twin asks the stage. What
-follows in the detector (mask and keypoint heads, the way back to the image) then works on the boxes the stage returned.
+in one method, ``postprocess_detections``: where the detector would suppress its boxes, the twin calls the suppression
+it was given. What follows in the detector (mask and keypoint heads, the way back to the image) then works on the
+detections that this returned.
 
 The candidates are what the detector's own ``postprocess_detections`` returns when it is told to suppress nothing: above
 its score threshold, among its best of each level or class where it counts them, clipped to the image; by falling score.
@@ -20,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iou_refiner import Detections, FeatureMaps, Frame, fingerprint
-from iou_refiner.adapters.twins import seen_by_stage, shallow
+from iou_refiner import Detections, FeatureMaps, ImageTransform
+from iou_refiner.adapters.twins import shallow
 from iou_refiner.checks import require
-from iou_refiner.detector.adapter import Suppression
+from iou_refiner.detector.adapter import Adapter, Suppression
 
 
-class TorchvisionAdapter:
+class TorchvisionAdapter(Adapter):
     """A detector of ``torchvision.models.detection``.
 
     Args:
@@ -44,30 +45,14 @@ class TorchvisionAdapter:
                 "`detector` must be one of torchvision's: Faster, Mask or Keypoint R-CNN, RetinaNet, FCOS, SSD; got "
                 f"{type(detector).__name__}."
             )
-        self.detector: Any = detector
+        self.detector = detector
         self.longest_side = longest_side
-        self.category_ids: dict[int, int] | None = None  # torchvision's labels are the category ids it was trained on
 
     @classmethod
     def from_name(cls, name: str) -> TorchvisionAdapter:
         """The detector called ``name`` in torchvision's model registry, with its best published weights."""
         models = require("torchvision.models", extra="torchvision", purpose="A torchvision detector")
         return cls(models.get_model(name, weights="DEFAULT").eval())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the detector's weights are."""
-        device: torch.device = next(self.detector.parameters()).device
-        return device
-
-    def to(self, device: torch.device | str) -> TorchvisionAdapter:
-        """Move the detector."""
-        self.detector.to(device)
-        return self
-
-    def fingerprint(self) -> str:
-        """Hash of all weights and buffers of the detector."""
-        return fingerprint(self.detector)
 
     def settings(self) -> str:
         """How images are prepared and which boxes are candidates."""
@@ -78,8 +63,8 @@ class TorchvisionAdapter:
             f"mean={transform.image_mean} std={transform.image_std} score_thresh={own.score_thresh}{best}"
         )
 
-    def prepare(self, rgb: np.ndarray) -> tuple[Tensor, Frame]:
-        """An RGB image (H, W, 3) uint8 as the detector takes it, (3, H, W) float in [0, 1], and the frame between."""
+    def prepare(self, rgb: np.ndarray) -> tuple[Tensor, ImageTransform]:
+        """An RGB image (H, W, 3) uint8 as (3, h, w) float in [0, 1], scaled to ``longest_side``, and the transform."""
         height, width = rgb.shape[:2]
         if self.longest_side and max(height, width) != self.longest_side:
             scale = self.longest_side / max(height, width)
@@ -87,71 +72,64 @@ class TorchvisionAdapter:
             image = require("PIL.Image", extra="torchvision", purpose="Resizing images")
             rgb = np.asarray(image.fromarray(rgb).resize(size[::-1], image.Resampling.BILINEAR))
         tensor = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous().float() / 255
-        return tensor.to(self.device), Frame.resize((height, width), rgb.shape[:2])
+        return tensor.to(self.device), ImageTransform.resize((height, width), rgb.shape[:2])
 
-    def twin(self, stage: Suppression) -> Any:
-        """A detector of the same class that shares every weight, with ``stage`` as its suppression.
+    def twin(self, suppression: Suppression) -> Any:
+        """A detector of the same class that shares every weight, with ``suppression`` in place of its own.
 
-        Its results have ``ious`` (N,) where the stage gives them. It follows the detector: load other weights into one
-        and both have them.
+        Its results have ``ious`` (N,) where the suppression gives them. It follows the detector: load other weights
+        into one and both have them.
         """
-        return (_rcnn_twin if hasattr(self.detector, "roi_heads") else _dense_twin)(self.detector, stage)
+        return (_rcnn_twin if hasattr(self.detector, "roi_heads") else _dense_twin)(self.detector, suppression)
 
-    def run(self, stage: Suppression, images: Sequence[Tensor], targets: None = None) -> list[dict[str, Tensor]]:
-        """The detector's own call with its suppression replaced by ``stage``; its own result, plus ``ious``."""
-        with torch.no_grad():
-            results: list[dict[str, Tensor]] = self.twin(stage)(images)
-        return results
-
-    def extract(self, images: Sequence[Tensor]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
-        """Feature maps, candidates before suppression (network frame), and the frame of each image."""
-        features, candidates = seen_by_stage(self.run, images)
-        frames = [
-            Frame.resize((int(image.shape[-2]), int(image.shape[-1])), size)
+    def transforms(self, images: Sequence[Tensor], features: FeatureMaps) -> list[ImageTransform]:
+        """From each image to the network input, for which torchvision resizes it."""
+        return [
+            ImageTransform.resize((int(image.shape[-2]), int(image.shape[-1])), size)
             for image, size in zip(images, features.image_sizes, strict=True)
         ]
-        return features, candidates, frames
 
 
-def _rcnn_twin(detector: Any, stage: Suppression) -> Any:
+def _rcnn_twin(detector: Any, suppression: Suppression) -> Any:
     """The twin of a two-stage detector; the feature maps are the levels its box head reads."""
     heads = detector.roi_heads
 
     def forward(maps: dict[str, Tensor], proposals: Any, image_sizes: Any, targets: Any = None) -> Any:
-        kept: list[Detections] = []
+        detections: list[Detections] = []
 
         def suppress(*outputs: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
             levels = [maps[name] for name in heads.box_roi_pool.featmap_names if name in maps]
-            columns = _lenient(heads).postprocess_detections(*outputs)
+            columns = _unsuppressed(heads).postprocess_detections(*outputs)
             candidates = [Detections(*rows) for rows in zip(*columns, strict=True)]
-            kept.extend(stage(_feature_maps(detector, levels, image_sizes), candidates))
-            return [d.boxes for d in kept], [d.scores for d in kept], [d.labels for d in kept]
+            detections.extend(suppression(_feature_maps(detector, levels, image_sizes), candidates))
+            return [d.boxes for d in detections], [d.scores for d in detections], [d.labels for d in detections]
 
         call = shallow(heads, postprocess_detections=suppress)
         results, losses = call.forward(maps, proposals, image_sizes, targets)
-        for result, found in zip(results, kept, strict=True):
-            result.update(_columns(found))
+        for result, image in zip(results, detections, strict=True):
+            result.update(image.to_dict())
         return results, losses
 
     return shallow(detector, roi_heads=shallow(heads, forward=forward))
 
 
-def _dense_twin(detector: Any, stage: Suppression) -> Any:
+def _dense_twin(detector: Any, suppression: Suppression) -> Any:
     """The twin of a one-stage detector; the feature maps are all that its head reads."""
 
     def forward(images: Any, targets: Any = None) -> Any:
         levels: list[Tensor] = []
 
-        def read(maps: list[Tensor]) -> Any:
+        def record(maps: list[Tensor]) -> Any:
             levels.extend(maps)
             return detector.head.forward(maps)
 
         def suppress(outputs: Any, anchors: Any, image_sizes: Any) -> list[dict[str, Tensor]]:
-            found = _lenient(detector).postprocess_detections(outputs, anchors, image_sizes)
-            features = _feature_maps(detector, levels, image_sizes)
-            return [_columns(kept) for kept in stage(features, [Detections(**columns) for columns in found])]
+            results = _unsuppressed(detector).postprocess_detections(outputs, anchors, image_sizes)
+            candidates = [Detections(**columns) for columns in results]
+            detections = suppression(_feature_maps(detector, levels, image_sizes), candidates)
+            return [image.to_dict() for image in detections]
 
-        head = shallow(detector.head, forward=read)
+        head = shallow(detector.head, forward=record)
         return shallow(detector, head=head, postprocess_detections=suppress).forward(images, targets)
 
     return shallow(detector, forward=forward)
@@ -162,14 +140,9 @@ def _suppressor(detector: Any) -> Any:
     return getattr(detector, "roi_heads", detector)
 
 
-def _lenient(suppressor: Any) -> Any:
-    """The same module, but suppressing nothing: no overlap is too large, no number of detections too high."""
+def _unsuppressed(suppressor: Any) -> Any:
+    """The same module, but it suppresses nothing: no overlap is too large, no number of detections too high."""
     return shallow(suppressor, nms_thresh=math.inf, detections_per_img=sys.maxsize)
-
-
-def _columns(found: Detections) -> dict[str, Tensor]:
-    columns = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
-    return columns if found.ious is None else columns | {"ious": found.ious}
 
 
 def _feature_maps(detector: Any, levels: list[Tensor], image_sizes: Sequence[tuple[int, int]]) -> FeatureMaps:

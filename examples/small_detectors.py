@@ -4,9 +4,9 @@
     iou-refiner train --detector examples/small_detectors.py:faster_rcnn:runs/nuclei/best.safetensors ...
 
 ``faster_rcnn`` scores boxes by class alone, the situation IoU-Net was made for; the class scores of ``yolox`` were
-trained to hold a little of the IoU already. ``faster_rcnn`` finds people, or what scripts/train_detector.py trained it
-for. Weights and photographs lie in a folder ``shared`` beside the checkout, or where the environment variable
-IOU_REFINER_SHARED says.
+trained to hold a little of the IoU already. ``faster_rcnn`` detects people, or what scripts/train_detector.py trained
+it for. Weights and photographs lie in a folder ``shared`` beside the checkout, or in the folder that the environment
+variable IOU_REFINER_SHARED names.
 """
 
 from __future__ import annotations

@@ -12,43 +12,53 @@ if TYPE_CHECKING:
     from iou_refiner.checks import DataError as DataError
     from iou_refiner.checks import MissingPackageError as MissingPackageError
     from iou_refiner.detector.adapter import Adapter as Adapter
+    from iou_refiner.detector.fingerprint import fingerprint as fingerprint
     from iou_refiner.evaluation.ap import evaluate as evaluate
-    from iou_refiner.head.iou_head import IoUPredictor as IoUPredictor
-    from iou_refiner.head.iou_head import fingerprint as fingerprint
+    from iou_refiner.head.checkpoint import load_head as load_head
+    from iou_refiner.head.checkpoint import save_head as save_head
+    from iou_refiner.head.config import HeadConfig as HeadConfig
+    from iou_refiner.head.iou_head import IoUHead as IoUHead
     from iou_refiner.pooling.functional import prroi_pool as prroi_pool
-    from iou_refiner.pooling.table import FeaturePyramid as FeaturePyramid
+    from iou_refiner.pooling.table import FeatureTable as FeatureTable
     from iou_refiner.refiner import IoURefiner as IoURefiner
     from iou_refiner.stage.ascent import refine_boxes as refine_boxes
     from iou_refiner.stage.ascent import refine_boxes_paper as refine_boxes_paper
     from iou_refiner.stage.nms import iou_guided_nms as iou_guided_nms
-    from iou_refiner.stage.nms import soft_nms as soft_nms
+    from iou_refiner.stage.settings import StageSettings as StageSettings
+    from iou_refiner.stage.soft_nms import soft_nms as soft_nms
     from iou_refiner.stage.stage import Stage as Stage
     from iou_refiner.structures import Detections as Detections
     from iou_refiner.structures import FeatureMaps as FeatureMaps
-    from iou_refiner.structures import Frame as Frame
+    from iou_refiner.structures import ImageTransform as ImageTransform
     from iou_refiner.training.jitter import jitter_boxes as jitter_boxes
-    from iou_refiner.training.loop import fit as fit
+    from iou_refiner.training.loop import train_head as train_head
+    from iou_refiner.training.settings import TrainSettings as TrainSettings
 
 _HOME = {
     "Adapter": "detector.adapter",
     "DataError": "checks",
     "Detections": "structures",
     "FeatureMaps": "structures",
-    "FeaturePyramid": "pooling.table",
-    "Frame": "structures",
-    "IoUPredictor": "head.iou_head",
+    "FeatureTable": "pooling.table",
+    "HeadConfig": "head.config",
+    "ImageTransform": "structures",
+    "IoUHead": "head.iou_head",
     "IoURefiner": "refiner",
     "MissingPackageError": "checks",
     "Stage": "stage.stage",
+    "StageSettings": "stage.settings",
+    "TrainSettings": "training.settings",
     "evaluate": "evaluation.ap",
-    "fingerprint": "head.iou_head",
-    "fit": "training.loop",
+    "fingerprint": "detector.fingerprint",
     "iou_guided_nms": "stage.nms",
     "jitter_boxes": "training.jitter",
+    "load_head": "head.checkpoint",
     "prroi_pool": "pooling.functional",
     "refine_boxes": "stage.ascent",
     "refine_boxes_paper": "stage.ascent",
-    "soft_nms": "stage.nms",
+    "save_head": "head.checkpoint",
+    "soft_nms": "stage.soft_nms",
+    "train_head": "training.loop",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -51,20 +51,20 @@ def valid_boxes(boxes: Tensor) -> Tensor:
     return torch.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes in coordinates relative to ``anchors``: ``((cx - cx') / w', (cy - cy') / h', log(w / w'), log(h / h'))``.
+def encode_boxes(boxes: Tensor, reference: Tensor) -> Tensor:
+    """Deltas of boxes relative to ``reference``: ``((cx - cx') / w', (cy - cy') / h', log(w / w'), log(h / h'))``.
 
     Law: ``decode_boxes(encode_boxes(b, a), a) == b`` for valid boxes (up to rounding, and up to the
     :data:`MAX_LOG_SCALE` clamp). Both arguments (N, 4) xyxy, result (N, 4).
     """
-    size, anchor_size = boxes[:, 2:] - boxes[:, :2], anchors[:, 2:] - anchors[:, :2]
-    shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / (2 * anchor_size)
-    return torch.cat([shift, (size / anchor_size).log()], 1)
+    size, reference_size = boxes[:, 2:] - boxes[:, :2], reference[:, 2:] - reference[:, :2]
+    shift = ((boxes[:, :2] + boxes[:, 2:]) - (reference[:, :2] + reference[:, 2:])) / (2 * reference_size)
+    return torch.cat([shift, (size / reference_size).log()], 1)
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Inverse of :func:`encode_boxes`: (N, 4) relative coordinates to (N, 4) xyxy. Zeros give the same bits."""
-    anchor_size = anchors[:, 2:] - anchors[:, :2]
-    shift = deltas[:, :2] * anchor_size
-    growth = anchor_size * deltas[:, 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).expm1() / 2
-    return torch.cat([anchors[:, :2] + shift - growth, anchors[:, 2:] + shift + growth], 1)
+def decode_boxes(deltas: Tensor, reference: Tensor) -> Tensor:
+    """Inverse of :func:`encode_boxes`: (N, 4) deltas to (N, 4) xyxy. Zeros give the same bits."""
+    reference_size = reference[:, 2:] - reference[:, :2]
+    shift = deltas[:, :2] * reference_size
+    growth = reference_size * deltas[:, 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).expm1() / 2
+    return torch.cat([reference[:, :2] + shift - growth, reference[:, 2:] + shift + growth], 1)

@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from iou_refiner.detector.adapter import Adapter
-from iou_refiner.detector.registry import as_adapter, detector_name
-from iou_refiner.head.iou_head import IoUPredictor
+from iou_refiner.detector.registry import as_adapter
+from iou_refiner.head.checkpoint import load_head
+from iou_refiner.head.iou_head import IoUHead
+from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
 
 
@@ -18,56 +20,56 @@ class IoURefiner(nn.Module):
 
     Args:
         detector: a live detector of a framework an adapter is installed for, or an :class:`Adapter`.
-        head: a trained :class:`IoUPredictor`, or the path of one. Without a head the detector answers alone, untouched.
-        settings: of the :class:`Stage`.
+        head: a trained :class:`IoUHead`, or the path of one. Without a head the detector runs alone, untouched.
+        settings: of the :class:`Stage`; default: what the head recommends.
+        changes: settings to exchange in these, by name.
 
     Raises:
-        TypeError: no adapter knows the detector. ValueError: the head was trained on another detector.
+        TypeError: no adapter knows the detector.
+        ValueError: the head was trained on another detector, or a setting is unknown or out of range.
 
     A detector in training mode is called as it is: there are no detections to refine.
     """
 
-    def __init__(self, detector: Any, head: IoUPredictor | str | Path | None = None, **settings: Any):
+    def __init__(
+        self,
+        detector: Any,
+        head: IoUHead | str | Path | None = None,
+        settings: StageSettings | None = None,
+        **changes: Any,
+    ):
         super().__init__()
         self.adapter = as_adapter(detector)
         self.detector = self.adapter.detector
         self.stage: Stage | None = None
         if head is None:
-            if settings:
-                raise ValueError(f"Settings of the stage ({', '.join(settings)}) need a `head`.")
+            if settings or changes:
+                names = ", ".join(changes) or "settings"
+                raise ValueError(f"Settings of the stage ({names}) need a `head`.")
             return
-        if not isinstance(head, IoUPredictor):
-            head = IoUPredictor.load(head)
-        check_head(head, self.adapter)
-        self.head = head.to(self.adapter.device).eval()
-        self.stage = Stage(self.head, **settings)
+        self.head = head if isinstance(head, IoUHead) else load_head(head)
+        check_head(self.head, self.adapter)
+        self.head.to(self.adapter.device).eval()
+        self.stage = Stage(self.head, settings, **changes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the detector's own call; boxes, scores and labels are the stage's."""
-        if self.stage is None or getattr(self.detector, "training", False):
-            return getattr(self.adapter, "answer", self.detector)(*args, **kwargs)
+        if self.stage is None or self.adapter.training:
+            return self.adapter.detect(*args, **kwargs)
         return self.adapter.run(self.stage, *args, **kwargs)
 
     def native(self) -> Any:
         """The detector with the stage in it, as an object of the framework's own class, for code that asks for one
-        (``inference_detector`` of mmdet). It shares all weights with the detector, which stays as it is.
-
-        Raises:
-            TypeError: the detector has no live object of its own to stand in for.
-        """
-        if self.stage is None:
-            return self.detector
-        if not hasattr(self.adapter, "twin"):
-            raise TypeError(f"{type(self.adapter).__name__} has no `twin`: call the IoURefiner itself.")
-        return self.adapter.twin(self.stage)
+        (``inference_detector`` of mmdet). It shares all weights with the detector, which stays as it is."""
+        return self.detector if self.stage is None else self.adapter.twin(self.stage)
 
 
-def check_head(head: IoUPredictor, adapter: Adapter) -> None:
+def check_head(head: IoUHead, adapter: Adapter) -> None:
     """Raise ValueError if the head says that it was trained on the features of another detector."""
-    here = adapter.fingerprint()
-    if head.detector and head.detector != here:
+    trained_on, here = head.metadata, adapter.fingerprint()
+    if trained_on.fingerprint and trained_on.fingerprint != here:
         raise ValueError(
-            f"The head was trained on the detector {head.detector_name or 'without a name'} {head.detector[:12]}, this "
-            f"one is {detector_name(adapter)} {here[:12]}: its predictions would mean nothing here. Use the detector "
-            "it was trained on, or train a head for this one."
+            f"The head was trained on the detector {trained_on.detector_name or 'without a name'} "
+            f"{trained_on.fingerprint[:12]}, this one is {adapter.name} {here[:12]}: its predictions would mean "
+            "nothing here. Use the detector it was trained on, or train a head for this one."
         )

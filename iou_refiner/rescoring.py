@@ -1,12 +1,12 @@
 """Whole data sets: candidates of a detector to COCO results, and COCO results to better ones.
 
-Both walk over the images of an annotation file and yield one image's results at a time, so memory does not grow with
-the number of images. Where an image's features come from is the caller's: the live detector or a cache.
+Both go over the images of an annotation file and yield the results of one image at a time, so memory does not grow with
+the number of images. Where features come from is the caller's choice: the live detector or a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,9 @@ from iou_refiner.boxes import clip_boxes, valid_boxes
 from iou_refiner.checks import DataError, did_you_mean
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy, xyxy_to_xywh
 from iou_refiner.detector.features import Extraction
+from iou_refiner.detector.sources import FeatureSource
 from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import Detections
-
-#: Gives what the detector saw in an image: ``functools.partial(extract_image, adapter, folder)``, or a cache.
-Look = Callable[[Image], Extraction]
 
 
 def category_map(category_ids: Mapping[int, int] | None, ground_truth: GroundTruth) -> dict[int, int]:
@@ -45,7 +43,7 @@ def category_map(category_ids: Mapping[int, int] | None, ground_truth: GroundTru
 
 
 def dump_candidates(
-    look: Look, category_ids: Mapping[int, int] | None, ground_truth: GroundTruth, *, top: int = 1000
+    source: FeatureSource, category_ids: Mapping[int, int] | None, ground_truth: GroundTruth, *, top: int = 1000
 ) -> Iterator[Results]:
     """A detector's candidates before suppression as COCO results, one image at a time.
 
@@ -54,15 +52,15 @@ def dump_candidates(
     shared = category_map(category_ids, ground_truth)
     labels = torch.tensor(sorted(shared), dtype=torch.int64)
     for image in ground_truth.images:
-        extraction = look(image)
-        found = extraction.candidates.to("cpu")
-        found = found[torch.isin(found.labels, labels)]
-        found = found[found.scores.argsort(descending=True, stable=True)[:top]]
-        yield to_results(image, extraction, found, shared)
+        extraction = source(image)
+        candidates = extraction.candidates.to("cpu")
+        candidates = candidates[torch.isin(candidates.labels, labels)]
+        candidates = candidates[candidates.scores.argsort(descending=True, stable=True)[:top]]
+        yield to_results(image, extraction, candidates, shared)
 
 
 def rescore(
-    look: Look,
+    source: FeatureSource,
     category_ids: Mapping[int, int] | None,
     stage: Stage,
     results: Results,
@@ -74,12 +72,12 @@ def rescore(
     Records keep their other keys, except ``segmentation`` where boxes are refined: the mask would no longer fit.
 
     Args:
-        look: see :data:`Look`.
+        source: of the features.
         category_ids: of the adapter.
         stage: what to do with the boxes.
         results: COCO results of any detector on these images; best before suppression.
         ground_truth: the annotation; only its images and categories are read.
-        images: those to do; default all of the annotation.
+        images: those to rescore; default all of the annotation.
 
     Raises:
         DataError: a record names an image or category that the annotation or the detector does not have.
@@ -93,55 +91,54 @@ def rescore(
         rows = rows_of.get(image.id)
         if rows is None:
             continue
-        extraction = look(image)
+        extraction = source(image)
         part = results[rows]
         boxes = torch.from_numpy(xywh_to_xyxy(part.bbox))
-        given = Detections(
-            boxes=extraction.frame.to_network(boxes).float(),
+        candidates = Detections(
+            boxes=extraction.transform.to_network(boxes).float(),
             scores=torch.from_numpy(part.score).float(),
             labels=torch.tensor([label_of[int(c)] for c in part.category_id], dtype=torch.int64),
             source=torch.arange(len(part)),
         )
-        (better,) = stage(extraction.features, [given])
-        yield to_results(image, extraction, better.to("cpu"), shared, _kept_keys(part, stage, better))
+        (detections,) = stage(extraction.features, [candidates])
+        yield to_results(image, extraction, detections.to("cpu"), shared, _other_keys(part, stage, detections))
 
 
 def to_results(
     image: Image,
     extraction: Extraction,
-    found: Detections,
+    detections: Detections,
     category_of: Mapping[int, int],
     extra: tuple[dict[str, Any], ...] | None = None,
 ) -> Results:
-    """Detections in the network frame as COCO records of an image; what clips to nothing is left out.
+    """Detections in network pixels as COCO records of an image; boxes outside of it are left out.
 
     Args:
         image: of the annotation.
-        extraction: its frame.
-        found: N detections.
+        extraction: its transform.
+        detections: N detections.
         category_of: category id of each label, from :func:`category_map`.
         extra: other keys of each record.
     """
-    boxes = clip_boxes(extraction.frame.to_image(found.boxes.double()), (image.height, image.width))
-    sound = valid_boxes(boxes).numpy()
-    bbox = xyxy_to_xywh(boxes.numpy())
+    boxes = extraction.transform.to_image(detections.boxes.double())
+    boxes = clip_boxes(boxes, (image.height, image.width))
     results = Results(
-        image_id=np.full(len(found), image.id, dtype=np.int64),
-        category_id=np.array([category_of[int(label)] for label in found.labels], dtype=np.int64),
-        bbox=bbox,
-        score=found.scores.double().numpy(),
-        iou=None if found.ious is None else found.ious.double().numpy(),
+        image_id=np.full(len(detections), image.id, dtype=np.int64),
+        category_id=np.array([category_of[int(label)] for label in detections.labels], dtype=np.int64),
+        bbox=xyxy_to_xywh(boxes.numpy()),
+        score=detections.scores.double().numpy(),
+        iou=None if detections.ious is None else detections.ious.double().numpy(),
         extra=extra,
     )
-    return results[sound]
+    return results[valid_boxes(boxes).numpy()]
 
 
-def _kept_keys(part: Results, stage: Stage, better: Detections) -> tuple[dict[str, Any], ...] | None:
-    if part.extra is None or better.source is None:
+def _other_keys(part: Results, stage: Stage, detections: Detections) -> tuple[dict[str, Any], ...] | None:
+    if part.extra is None or detections.source is None:
         return None
-    dropped = {"segmentation"} if stage.moves_boxes else set()
+    dropped = {"segmentation"} if stage.settings.refines else set()
     extra = part.extra
-    return tuple({k: v for k, v in extra[int(row)].items() if k not in dropped} for row in better.source)
+    return tuple({k: v for k, v in extra[int(row)].items() if k not in dropped} for row in detections.source)
 
 
 def _check_known(what: str, ids: np.ndarray, known: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""What flows between detector and core: feature maps, detections, and the frame that joins them to the image.
+"""What flows between detector and core: feature maps, detections, and the transform from image to network input.
 
 Frozen dataclasses, validated once when they are made; everything after may rely on it.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from iou_refiner.boxes import clip_boxes
 from iou_refiner.checks import check_boxes, check_positive, check_same_device, check_vector
 
 
@@ -69,17 +70,15 @@ class FeatureMaps:
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The boxes found in one image.
+    """The boxes of one image: a detector's candidates before suppression, or the detections after it.
 
     Args:
-        boxes: (N, 4) float xyxy, in the frame the context names (the network input inside the core).
+        boxes: (N, 4) float xyxy; network pixels inside the core.
         scores: (N,) float class scores in [0, 1].
         labels: (N,) int64, the detector's own class numbers.
-        ious: (N,) float predicted IoU in [0, 1], or None while nobody has predicted it.
-        worths: (N,) float in [0, 1], how boxes compare around one object (:meth:`IoUPredictor.worth`), or None. A stage
-            knows them; what it returns does not.
-        source: (N,) int64, the row of the input each detection comes from, or None where nobody asked. It travels with
-            the rows, so that what a stage returns can be joined with what it was given.
+        ious: (N,) float predicted IoU in [0, 1], or None where it is not predicted.
+        source: (N,) int64, the row of the input each detection comes from, or None. It travels with the rows, so that
+            what a stage returns can be joined with what it was given.
 
     Raises:
         ValueError: lengths or devices disagree.
@@ -89,12 +88,11 @@ class Detections:
     scores: Tensor
     labels: Tensor
     ious: Tensor | None = None
-    worths: Tensor | None = None
     source: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_boxes("boxes", self.boxes)
-        for name in ("scores", "labels", "ious", "worths", "source"):
+        for name in ("scores", "labels", "ious", "source"):
             values = getattr(self, name)
             if values is not None:
                 check_vector(name, values, len(self.boxes), like="boxes")
@@ -118,23 +116,29 @@ class Detections:
         """The same detections on another device."""
         return self._map(lambda values: values.to(device))
 
+    def to_dict(self) -> dict[str, Tensor]:
+        """``boxes``, ``scores``, ``labels``, and ``ious`` where they are predicted: the result of torchvision's
+        detectors."""
+        columns = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        return columns if self.ious is None else columns | {"ious": self.ious}
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Detections:
         columns = (getattr(self, field.name) for field in fields(self))
         return Detections(*(None if values is None else change(values) for values in columns))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Frame:
+class ImageTransform:
     """The map from an image to the network input it became: ``network = image * scale + offset``, per axis.
 
-    Covers resize, squash, letterbox and padding. Frames compose: ``a.then(b)`` applies ``a`` first.
+    Covers resizing, letterboxing and padding. Transforms compose: ``a.then(b)`` applies ``a`` first.
 
     Args:
         image_size: ``(height, width)`` of the image, in its own pixels.
         scale: ``(x, y)`` network pixels per image pixel.
         offset: ``(x, y)`` network position of the image's origin.
 
-    Law: ``frame.to_image(frame.to_network(boxes)) == boxes``.
+    Law: ``transform.to_image(transform.to_network(boxes)) == boxes``.
     """
 
     image_size: tuple[int, int]
@@ -146,19 +150,19 @@ class Frame:
             check_positive(f"scale ({axis})", scale)
 
     @classmethod
-    def resize(cls, image_size: tuple[int, int], network_size: Sequence[int]) -> Frame:
-        """The frame of an image of ``image_size`` stretched to ``network_size``, both ``(height, width)``."""
+    def resize(cls, image_size: tuple[int, int], network_size: Sequence[int]) -> ImageTransform:
+        """The transform of an image of ``image_size`` stretched to ``network_size``, both ``(height, width)``."""
         scale = (network_size[1] / image_size[1], network_size[0] / image_size[0])
         return cls((int(image_size[0]), int(image_size[1])), scale)
 
-    def then(self, following: Frame) -> Frame:
-        """The frame that applies this one, then ``following``."""
+    def then(self, following: ImageTransform) -> ImageTransform:
+        """The transform that applies this one, then ``following``."""
         scale = (self.scale[0] * following.scale[0], self.scale[1] * following.scale[1])
         offset = (
             self.offset[0] * following.scale[0] + following.offset[0],
             self.offset[1] * following.scale[1] + following.offset[1],
         )
-        return Frame(self.image_size, scale, offset)
+        return ImageTransform(self.image_size, scale, offset)
 
     def to_network(self, boxes: Tensor) -> Tensor:
         """(N, 4) xyxy in image pixels to (N, 4) xyxy in network pixels."""
@@ -167,3 +171,7 @@ class Frame:
     def to_image(self, boxes: Tensor) -> Tensor:
         """(N, 4) xyxy in network pixels to (N, 4) xyxy in image pixels."""
         return (boxes - boxes.new_tensor(self.offset * 2)) / boxes.new_tensor(self.scale * 2)
+
+    def detections_to_image(self, detections: Detections) -> Detections:
+        """Detections from network pixels to image pixels, clipped to the image."""
+        return detections.replace(boxes=clip_boxes(self.to_image(detections.boxes), self.image_size))

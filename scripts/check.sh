@@ -22,7 +22,7 @@ from iou_refiner.pooling import cuda_kernels
 from pathlib import Path
 home = Path(iou_refiner.__file__).parent
 assert home.parent.name == "site", home
-assert "prroi_forward" in cuda_cuda_kernels.source()
+assert "prroi_forward" in cuda_kernels.source()
 assert sorted(p.name for p in (home / "cuda").iterdir()) == ["prroi_pool.cu"]
 maps = iou_refiner.FeatureMaps((torch.ones(1, 2, 8, 8),), (1.0,), ((8, 8),))
 assert torch.allclose(iou_refiner.prroi_pool(maps, torch.tensor([[2.0, 2, 6, 6]])), torch.ones(()))

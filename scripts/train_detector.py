@@ -1,6 +1,6 @@
 """Train the small Faster R-CNN of examples/small_detectors.py on a data set in COCO format, or go on training it.
 
-    python scripts/train_detector.py --ann TRAIN.json --val-ann VAL.json --images FOLDER --output DIR [--weights FILE]
+    python -m scripts.train_detector --ann TRAIN.json --val-ann VAL.json --images FOLDER --output DIR [--weights FILE]
 
 Starts from FILE, or from a backbone trained on ImageNet. Leaves in DIR the weights after every epoch,
 ``epoch-XX.safetensors``, the ones with the highest AP on val, ``best.safetensors``, and ``metrics.jsonl``. A run that
@@ -18,33 +18,33 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from examples.small_detectors import SIZE, network
 from iou_refiner.adapters.torchvision import TorchvisionAdapter
 from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
 from iou_refiner.checks import DataError, check_positive
+from iou_refiner.cli.console import Console
 from iou_refiner.coco import GroundTruth, Image, Results, read_ground_truth, xywh_to_xyxy, xyxy_to_xywh
 from iou_refiner.detector.features import open_image
 from iou_refiner.detector.views import View
 from iou_refiner.evaluation.ap import evaluate
 from iou_refiner.files import replacing, write_whole
+from iou_refiner.progress import Progress, no_progress
 
 # The backbone knows photographs already: it learns slower than what is new.
 _BACKBONE_RATE = 0.3
 _WARM_UP = 0.05  # share of all steps
 # Share of an object that a window must show for it to be an object there.
 _LEAST_VISIBLE = 0.25
-_SHOWN = ("AP", "AP50", "AP75", "AP90")
+_METRICS = ("AP", "AP50", "AP75", "AP90")
 
 
 class TrainingImages:
@@ -65,18 +65,18 @@ class TrainingImages:
         image = self.truth.images[index]
         number = 2 + epoch if torch.rand(()) < 0.5 else int(torch.randint(2, ()))
         view = View.of(image.id, (image.height, image.width), number)
-        pixels, frame = self.adapter.prepare(view.pixels(open_image(self.folder, image)))
+        pixels, transform = self.adapter.prepare(view.pixels(open_image(self.folder, image)))
         rows = self._rows[image.id]
         rows = rows[~self.truth.iscrowd[rows]]
         whole = view.boxes(torch.from_numpy(xywh_to_xyxy(self.truth.bbox[rows])).float())
-        seen = clip_boxes(whole, (view.height, view.width))
-        kept = valid_boxes(seen) & (box_area(seen) >= _LEAST_VISIBLE * box_area(whole))
+        visible = clip_boxes(whole, (view.height, view.width))
+        chosen = valid_boxes(visible) & (box_area(visible) >= _LEAST_VISIBLE * box_area(whole))
         labels = torch.from_numpy(self.truth.category_id[rows])
-        return pixels, {"boxes": frame.to_network(seen[kept]), "labels": labels[kept]}
+        return pixels, {"boxes": transform.to_network(visible[chosen]), "labels": labels[chosen]}
 
 
 class Training:
-    """The weights and all that changes with them; kept in a folder after every epoch."""
+    """The weights and all that changes with them, saved in a folder after every epoch."""
 
     def __init__(self, adapter: TorchvisionAdapter, steps: int, lr: float, folder: Path, settings: dict[str, Any]):
         self.detector, self.folder, self.settings = adapter.detector, folder, settings
@@ -107,7 +107,7 @@ class Training:
         return float(loss.item())
 
     def resume(self) -> None:
-        """Go on where :meth:`keep` left off."""
+        """Go on where :meth:`save` left off."""
         state = torch.load(self.folder / "last.pt", weights_only=True)
         changed = [name for name, value in self.settings.items() if state["settings"].get(name) != value]
         if changed:
@@ -118,8 +118,8 @@ class Training:
         for name in ("detector", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
 
-    def keep(self, metrics: dict[str, float]) -> None:
-        """Note the end of an epoch. ``last.pt`` comes last: whatever is lost before it, is made again."""
+    def save(self, metrics: dict[str, float]) -> None:
+        """Save the end of an epoch. ``last.pt`` comes last: whatever is lost before it is made again."""
         self.history.append(metrics)
         tensors = {name: tensor.contiguous() for name, tensor in self.detector.state_dict().items()}
         weights = safetensors.torch.save(tensors, {"size": str(self.settings["size"])})
@@ -139,13 +139,13 @@ def detect(adapter: TorchvisionAdapter, folder: Path, truth: GroundTruth) -> Res
 
 @torch.no_grad()
 def _detect(adapter: TorchvisionAdapter, folder: Path, image: Image) -> Results:
-    pixels, frame = adapter.prepare(open_image(folder, image))
-    (found,) = adapter.detector([pixels])
+    pixels, transform = adapter.prepare(open_image(folder, image))
+    (detections,) = adapter.detector([pixels])
     return Results(
-        image_id=np.full(len(found["boxes"]), image.id, np.int64),
-        category_id=found["labels"].numpy(),
-        bbox=xyxy_to_xywh(frame.to_image(found["boxes"]).double().numpy()),
-        score=found["scores"].double().numpy(),
+        image_id=np.full(len(detections["boxes"]), image.id, np.int64),
+        category_id=detections["labels"].numpy(),
+        bbox=xyxy_to_xywh(transform.to_image(detections["boxes"]).double().numpy()),
+        score=detections["scores"].double().numpy(),
     )
 
 
@@ -160,29 +160,28 @@ def train(
     batch_size: int,
     seed: int = 0,
     resume: bool = False,
-    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+    progress: Progress = no_progress,
 ) -> Iterator[dict[str, float]]:
-    """AdamW over torchvision's own losses: a short warm-up, then a cosine to nothing. Yields metrics of every epoch."""
+    """AdamW over torchvision's own losses, a short warm-up, then a cosine to zero. Yields the metrics of each epoch."""
     steps = math.ceil(len(images) / batch_size)
     settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "images": len(images)}
     training = Training(adapter, epochs * steps, lr, output, settings | {"size": adapter.longest_side})
     if resume and (output / "last.pt").exists():
         training.resume()
     for epoch in range(len(training.history), epochs):
-        # Every epoch draws order, views and torchvision's samples anew from its number: nothing of it need be kept.
+        # Every epoch draws order, views and torchvision's samples anew from its number: nothing of it need be saved.
         torch.manual_seed(seed * 1_000_003 + epoch)
         order, total, began = torch.randperm(len(images)).tolist(), 0.0, time.process_time()
         adapter.detector.train()
         for step in range(steps):
             batch = [images.load(index, epoch) for index in order[step * batch_size : (step + 1) * batch_size]]
-            loss = training.step([pixels for pixels, _ in batch], [target for _, target in batch])
-            total += loss
-            progress(epoch * steps + step + 1, epochs * steps, loss)
+            total += training.step([pixels for pixels, _ in batch], [target for _, target in batch])
+            progress("training", epoch * steps + step + 1, epochs * steps)
         seconds = (time.process_time() - began) / len(images)
         adapter.detector.eval()
-        found = evaluate(detect(adapter, val[1], val[0]), val[0]).metrics
+        measured = evaluate(detect(adapter, val[1], val[0]), val[0]).metrics
         metrics = {"epoch": epoch + 1, "loss": total / steps, "cpu_seconds_an_image": seconds}
-        training.keep(metrics | {name: found[name] for name in _SHOWN})
+        training.save(metrics | {name: measured[name] for name in _METRICS})
         yield training.history[-1]
 
 
@@ -211,17 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         detector.load_state_dict(safetensors.torch.load_file(options.weights))
     adapter = TorchvisionAdapter(detector, longest_side=options.size)
     options.output.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("training, loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, loss=math.nan)
+    console = Console(as_json=False, device="cpu", seed=options.seed, quiet=False, verbose=False)
+    with console.progress() as progress:
         for metrics in train(
             adapter, TrainingImages(adapter, options.images, truth), (val, options.images), output=options.output,
             epochs=options.epochs, lr=options.lr, batch_size=options.batch_size, seed=options.seed,
-            resume=options.resume,
-            progress=lambda done, total, loss: bar.update(task, completed=done, total=total, loss=loss),
+            resume=options.resume, progress=progress,
         ):  # fmt: skip
-            console.print(" ".join(f"{name} {value:.4g}" for name, value in metrics.items()), highlight=False)
+            console.note(" ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""What every test file gets: one thread, a fixed seed, hypothesis without deadlines, the folder of shared data."""
+"""What every test gets: one thread, a fixed seed, hypothesis without deadlines; and what a run may not skip."""
 
 from __future__ import annotations
 
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.kit.paths import SHARED
+from tests.kit.needs import ABSENT, needs_shared
 
 # Built on the profile in force, so that hypothesis's own settings for CI stay; shared machines make deadlines flaky.
 settings.register_profile("iou-refiner", settings(), deadline=None)
@@ -20,6 +21,25 @@ settings.load_profile("iou-refiner")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--nothing-absent``: for CI, where all frameworks and data are there."""
+    parser.addoption(
+        "--nothing-absent", action="store_true", help="a test skipped since a framework or data is absent fails"
+    )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """With ``--nothing-absent``, a skip for something absent is a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if not report.skipped or hasattr(report, "wasxfail") or not item.config.getoption("--nothing-absent"):
+        return
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    if reason.startswith(ABSENT):
+        report.outcome, report.longrepr = "failed", f"--nothing-absent: {reason}"
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -27,10 +47,8 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real images and models, beside the checkout or where IOU_REFINER_SHARED says; else a skip."""
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the shared data: no folder {SHARED} (set IOU_REFINER_SHARED to where it is)")
-    return SHARED
+    """The folder of real images and models; else a skip."""
+    return needs_shared()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,10 +1,12 @@
-"""The shape of the house: who may import whom, what stays light, what lies where."""
+"""The shape of the house: which folder may import which, how large things are, what stays light, what lies where."""
 
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,68 +15,88 @@ from tests.kit.paths import ROOT
 
 PACKAGE, ADAPTERS = ROOT / "iou_refiner", ROOT / "adapters"
 
-# Each module may import only those before it.
+# The folders, and the modules at the root: each imports only itself and those before it.
 ORDER = (
-    "_version", "_checks", "_files", "boxes", "data", "coco_data", "_json_stream", "coco_reading", "coco", "kernels",
-    "_taps", "_portable", "_operator", "pooling", "trunk", "head_file", "predictor", "jitter", "_soft_nms",
-    "_suppression", "_suppression_device", "nms", "refine", "views", "extraction", "own", "detectors", "targets",
-    "losses", "training", "settings", "stage", "refiner", "rescoring", "findings", "nms_trace", "_results_checks",
-    "validation", "evaluation", "ranking", "bootstrap", "tuning", "recipe", "demo_data", "demo_detector",
-    "demo_picture", "demo", "doctor", "_console", "cli", "__main__",
+    "checks", "files", "progress", "numpy_boxes", "boxes", "structures", "pooling", "head", "stage", "coco", "detector",
+    "evaluation", "validation", "refiner", "rescoring", "training", "demo", "cli", "__main__",
 )  # fmt: skip
 # What must not come with `import iou_refiner`, nor with the commands that promise to answer at once.
 HEAVY = {"torch", "cupy", "torchvision", "onnx", "onnxruntime", "matplotlib", "PIL", "pycocotools"}
-OPTIONAL = HEAVY - {"torch", "pycocotools"} | {"skimage", "mlxtend", "jinja2"}
+OPTIONAL = HEAVY - {"torch", "pycocotools"} | {"skimage", "mlxtend"}
+# Sizes from which on a reader loses the thread.
+MOST_MODULES_AT_THE_ROOT, LONGEST_FUNCTION, LONGEST_FILE = 8, 45, 260
+
+
+def python_files(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Names of all modules that a file imports; ``from package import module`` counts as ``package.module`` too."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if top_level_only else list(ast.walk(tree))
-    found: set[str] = set()
+    names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def modules() -> dict[str, Path]:
-    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+def unit(path: Path) -> str:
+    """The folder of the package a file is in, or the module it is at the root."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_every_module_has_its_place_in_the_order():
-    pass
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_a_module_imports_only_those_before_it(name: str):
-    own = {
-        m.removeprefix("iou_refiner.").split(".")[0] for m in imports(modules()[name]) if m.startswith("iou_refiner.")
+MODULES = [path for path in python_files(PACKAGE) if path != PACKAGE / "__init__.py"]
+every_module = pytest.mark.parametrize("path", MODULES, ids=named)
+
+
+def test_every_folder_has_its_place_in_the_order():
+    assert {unit(path) for path in MODULES} == set(ORDER)
+
+
+@every_module
+def test_a_module_imports_only_folders_before_its_own(path: Path):
+    units = {m.removeprefix("iou_refiner.").split(".")[0] for m in imports(path) if m.startswith("iou_refiner.")}
+    wrong = {other for other in units & set(ORDER) if ORDER.index(other) > ORDER.index(unit(path))}
+    assert not wrong, f"{named(path)} imports {wrong}, which stand after {unit(path)}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    name_of = {
+        path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES
     }
-    wrong = {m for m in own & set(ORDER) if ORDER.index(m) >= ORDER.index(name)}
-    assert not wrong, f"{name} imports {wrong}, which stand after it"
+    names = set(name_of.values())
+    graph = {name: imports(path, top_level_only=True) & names - {name} for path, name in name_of.items()}
+    while leaves := {name for name, needed in graph.items() if not needed & graph.keys()}:
+        graph = {name: needed for name, needed in graph.items() if name not in leaves}
+    assert not graph, f"these import each other: {sorted(graph)}"
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_the_core_knows_no_adapter_and_imports_optional_packages_only_in_functions(name: str):
+@every_module
+def test_the_core_knows_no_adapter_and_imports_optional_packages_only_in_functions(path: Path):
     # The demo is a user of the package like any other: it builds a torchvision detector and wraps it.
-    if not name.startswith("demo"):
-        assert not {module for module in imports(modules()[name]) if module.startswith("iou_refiner.adapters")}
-    top = {m.split(".")[0] for m in imports(modules()[name], top_level_only=True)}
+    if unit(path) != "demo":
+        assert not {module for module in imports(path) if module.startswith("iou_refiner.adapters")}
+    top = {m.split(".")[0] for m in imports(path, top_level_only=True)}
     assert not top & OPTIONAL
 
 
-def test_only_kernels_imports_cupy():
-    users = {n for n, p in modules().items() if any(m.split(".")[0] == "cupy" for m in imports(p))}
-    users |= {p.stem for p in ADAPTERS.glob("*.py") if any(m.split(".")[0] == "cupy" for m in imports(p))}
-    assert users <= {"kernels"}
+def test_only_the_cuda_kernels_import_cupy():
+    users = {p.stem for p in python_files(PACKAGE, ADAPTERS) if any(m.split(".")[0] == "cupy" for m in imports(p))}
+    assert users == {"cuda_kernels"}
 
 
-@pytest.mark.parametrize("path", sorted(ADAPTERS.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", python_files(ADAPTERS), ids=named)
 def test_an_adapter_imports_its_framework_only_in_functions(path: Path):
-    assert not {m.split(".")[0] for m in imports(path, top_level_only=True)} & OPTIONAL
+    frameworks = OPTIONAL | {"detectron2", "mmdet", "mmengine", "mmcv", "transformers"}
+    assert not {m.split(".")[0] for m in imports(path, top_level_only=True)} & frameworks
 
 
 def test_cuda_holds_cuda_and_nothing_else():
@@ -84,6 +106,50 @@ def test_cuda_holds_cuda_and_nothing_else():
     assert [p for p in files if p.suffix not in {".cu", ".cuh"}] == []
 
 
+def test_every_folder_is_installed():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    installed = config["options"]["packages"].split()
+    core = [".".join(p.parent.relative_to(ROOT).parts) for p in python_files(PACKAGE) if p.name == "__init__.py"]
+    adapters = [".".join(p.parent.relative_to(ROOT).parts) for p in python_files(ADAPTERS) if p.name == "__init__.py"]
+    assert sorted(installed) == sorted([*core, *(f"iou_refiner.{name}" for name in adapters), "iou_refiner.cuda"])
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Name and number of lines of every function of a file, its docstring not counted."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            docstring = first.end_lineno - first.lineno + 1 if documented else 0
+            yield node.name, node.end_lineno - node.lineno + 1 - docstring
+
+
+def test_few_modules_stand_at_the_root():
+    assert len([path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]) <= MOST_MODULES_AT_THE_ROOT
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE, ADAPTERS, ROOT / "scripts"), ids=named)
+def test_files_and_functions_are_short(path: Path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    assert {name: lines for name, lines in functions(path) if lines > LONGEST_FUNCTION} == {}
+
+
+# --- what stays light ------------------------------------------------------------------------------------------------
+
+
+def loaded_by(code: str, suspects: set[str]) -> set[str]:
+    """Which of the suspects are loaded once some code has run, in a process of its own."""
+    check = f"{code}\nimport sys\nprint('LOADED', *sorted({suspects!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    marker, *loaded = done.stdout.splitlines()[-1].split()
+    assert marker == "LOADED"
+    return set(loaded)
+
+
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [
@@ -91,20 +157,31 @@ def test_cuda_holds_cuda_and_nothing_else():
         ("import iou_refiner.cli", HEAVY),
         ("from iou_refiner.cli import app; app.meta(['--help'], result_action='return_value')", HEAVY),
         ("import iou_refiner.validation.validate", HEAVY),
-        ("import iou_refiner.evaluation.bootstrap", HEAVY - {"pycocotools"}),
+        ("import iou_refiner.stage.settings, iou_refiner.training.settings, iou_refiner.head.config", HEAVY),
+        ("import iou_refiner.evaluation.bootstrap, iou_refiner.evaluation.true_iou", HEAVY - {"pycocotools"}),
         ("from iou_refiner import *", OPTIONAL),
     ],
 )
 def test_imports_stay_light(code: str, forbidden: set[str]):
-    check = f"{code}\nimport sys\nprint('LOADED', *sorted({forbidden!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "LOADED"
+    assert loaded_by(code, forbidden) == set()
 
 
 def test_the_light_import_check_can_fail():
-    check = f"import torch, sys\nprint('LOADED', *sorted({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "LOADED torch"
+    assert loaded_by("import torch", HEAVY) == {"torch"}
+
+
+def test_wrapping_a_live_detector_imports_no_coco_parser():
+    code = """
+import torch
+from iou_refiner import HeadConfig, IoUHead, IoURefiner
+from iou_refiner.adapters.torchvision import TorchvisionAdapter
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2).eval()
+features, _, _ = TorchvisionAdapter(detector).extract([torch.rand(3, 64, 64)])
+head = IoUHead(features.channels, features.strides, HeadConfig(width=2, hidden=(4,), output_size=2))
+assert "ious" in IoURefiner(detector, head)([torch.rand(3, 64, 64)])[0]
+"""
+    assert loaded_by(code, {"iou_refiner.coco", "iou_refiner.coco.read", "pycocotools"}) == set()
 
 
 def test_every_public_name_resolves():

@@ -34,11 +34,11 @@ def rows(boxes: list[tuple[float, ...]]) -> Tensor:
 @given(st.lists(_any_box, max_size=5), st.lists(_any_box, max_size=5))
 def test_iou_is_the_textbooks(a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> None:
     one, two = rows(a), rows(b)
-    found = pairwise_iou(one, two)
+    iou = pairwise_iou(one, two)
     expected = [[box_iou(tuple(p), tuple(q)) for q in two.tolist()] for p in one.tolist()]
-    torch.testing.assert_close(found, torch.tensor(expected).reshape(len(a), len(b)), rtol=1e-4, atol=1e-6)
-    assert ((found >= 0) & (found <= 1)).all()
-    torch.testing.assert_close(found, pairwise_iou(two, one).t(), rtol=0, atol=0)
+    torch.testing.assert_close(iou, torch.tensor(expected).reshape(len(a), len(b)), rtol=1e-4, atol=1e-6)
+    assert ((iou >= 0) & (iou <= 1)).all()
+    torch.testing.assert_close(iou, pairwise_iou(two, one).t(), rtol=0, atol=0)
 
 
 @settings(max_examples=30)
@@ -54,7 +54,7 @@ def test_a_box_overlaps_itself_fully(box: tuple[float, ...]) -> None:
     assert paired_iou(rows([box]), rows([box])).item() == 1
 
 
-def test_iou_is_differentiable_and_asks_nothing_of_its_inputs() -> None:
+def test_iou_is_differentiable() -> None:
     boxes = rows([(0, 0, 4, 4)]).requires_grad_()
     paired_iou(boxes, rows([(1, 0, 5, 4)])).sum().backward()
     assert boxes.grad is not None
@@ -71,15 +71,14 @@ def test_area_of_empty_and_inverted_boxes_is_zero() -> None:
 @settings(max_examples=40)
 @given(st.lists(_any_box, max_size=5), st.integers(0, 500), st.integers(0, 500))
 def test_clipping(boxes: list[tuple[float, ...]], height: int, width: int) -> None:
-    given_boxes = rows(boxes)
-    clipped = clip_boxes(given_boxes, (height, width))
+    before = rows(boxes)
+    clipped = clip_boxes(before, (height, width))
     expected = [
-        [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2, strict=True)]
-        for box in given_boxes.tolist()
+        [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2, strict=True)] for box in before.tolist()
     ]
     assert torch.equal(clipped, rows(expected))  # type: ignore[arg-type]
     assert torch.equal(clip_boxes(clipped, (height, width)), clipped)
-    assert torch.equal(given_boxes, rows(boxes))
+    assert torch.equal(before, rows(boxes))
 
 
 def test_valid_boxes_are_finite_and_not_empty() -> None:
@@ -91,30 +90,30 @@ def test_valid_boxes_are_finite_and_not_empty() -> None:
 
 @settings(max_examples=60)
 @given(_valid_box, _valid_box)
-def test_decoding_inverts_encoding(box: tuple[float, ...], anchor: tuple[float, ...]) -> None:
-    boxes, anchors = rows([box]).double(), rows([anchor]).double()
-    deltas = encode_boxes(boxes, anchors)
+def test_decoding_inverts_encoding(box: tuple[float, ...], other: tuple[float, ...]) -> None:
+    boxes, reference = rows([box]).double(), rows([other]).double()
+    deltas = encode_boxes(boxes, reference)
     if deltas[:, 2:].abs().max() < MAX_LOG_SCALE:
-        torch.testing.assert_close(decode_boxes(deltas, anchors), boxes, rtol=0, atol=1e-8)
-    assert not encode_boxes(anchors, anchors).any()
-    torch.testing.assert_close(decode_boxes(torch.zeros_like(anchors), anchors), anchors, rtol=0, atol=1e-9)
+        torch.testing.assert_close(decode_boxes(deltas, reference), boxes, rtol=0, atol=1e-8)
+    assert not encode_boxes(reference, reference).any()
+    torch.testing.assert_close(decode_boxes(torch.zeros_like(reference), reference), reference, rtol=0, atol=1e-9)
 
 
 @given(st.lists(_valid_box, min_size=1, max_size=5))
-def test_no_way_at_all_gives_the_same_bits(boxes: list[tuple[float, ...]]) -> None:
-    anchors = rows(boxes)
-    assert torch.equal(decode_boxes(torch.zeros_like(anchors), anchors), anchors)
+def test_deltas_of_zero_give_the_same_bits(boxes: list[tuple[float, ...]]) -> None:
+    reference = rows(boxes)
+    assert torch.equal(decode_boxes(torch.zeros_like(reference), reference), reference)
 
 
 def test_what_the_four_coordinates_mean() -> None:
-    anchors = rows([(10, 20, 30, 60)])
-    moved = decode_boxes(torch.tensor([[0.5, -0.25, 0, torch.log(torch.tensor(2.0))]]), anchors)
+    reference = rows([(10, 20, 30, 60)])
+    moved = decode_boxes(torch.tensor([[0.5, -0.25, 0, torch.log(torch.tensor(2.0))]]), reference)
     torch.testing.assert_close(moved, rows([(20, -10, 40, 70)]))
 
 
 @settings(max_examples=30)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4))
-def test_any_finite_step_decodes_to_a_valid_box(deltas: list[float]) -> None:
+def test_any_finite_deltas_decode_to_a_valid_box(deltas: list[float]) -> None:
     assert valid_boxes(decode_boxes(torch.tensor([deltas], dtype=torch.float64), rows([(0, 0, 10, 20)]).double())).all()
 
 

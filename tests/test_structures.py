@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iou_refiner.structures import Detections, FeatureMaps, Frame
+from iou_refiner.structures import Detections, FeatureMaps, ImageTransform
 
 
 def features(**changes: Any) -> FeatureMaps:
@@ -83,33 +83,41 @@ def test_faults_of_feature_maps_are_named(change: dict[str, Any], error: type[Ex
 
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0]), torch.tensor([True, False, True]), slice(1, None), slice(0, 0)])
 def test_rows_are_taken_from_every_column(rows: Any) -> None:
-    found = detections(source=torch.tensor([7, 8, 9]))
-    part = found[rows]
+    whole = detections(source=torch.tensor([7, 8, 9]))
+    part = whole[rows]
     for name in ("boxes", "scores", "labels", "ious", "source"):
-        assert torch.equal(getattr(part, name), getattr(found, name)[rows])
+        assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     assert len(part) == len(part.boxes)
 
 
 def test_absent_columns_stay_absent() -> None:
-    found = detections(ious=None)[torch.tensor([0])].to("cpu")
-    assert found.ious is None
-    assert found.source is None
+    one = detections(ious=None)[torch.tensor([0])].to("cpu")
+    assert one.ious is None
+    assert one.source is None
 
 
 def test_replacing_leaves_the_original() -> None:
-    found = detections()
-    changed = found.replace(scores=torch.zeros(3), ious=None)
+    before = detections()
+    changed = before.replace(scores=torch.zeros(3), ious=None)
     assert not changed.scores.any()
     assert changed.ious is None
-    assert found.scores.any()
-    assert changed.boxes is found.boxes
+    assert before.scores.any()
+    assert changed.boxes is before.boxes
     with pytest.raises(ValueError, match=r"`scores` must have shape \(3,\) to match `boxes`, got \(2,\)"):
-        found.replace(scores=torch.zeros(2))
+        before.replace(scores=torch.zeros(2))
 
 
 def test_moving_to_a_device_moves_every_column() -> None:
     moved = detections(source=torch.arange(3)).to("meta")
     assert {getattr(moved, name).device.type for name in ("boxes", "scores", "labels", "ious", "source")} == {"meta"}
+
+
+def test_as_a_dict_detections_are_those_of_torchvision() -> None:
+    with_ious, without = detections(source=torch.arange(3)), detections(ious=None)
+    assert list(with_ious.to_dict()) == ["boxes", "scores", "labels", "ious"]
+    assert list(without.to_dict()) == ["boxes", "scores", "labels"]
+    for whole in (with_ious, without):
+        assert all(values is getattr(whole, name) for name, values in whole.to_dict().items())
 
 
 def test_no_detections_are_ordinary() -> None:
@@ -138,25 +146,27 @@ def test_faults_of_detections_are_named(change: dict[str, Any], error: type[Exce
         detections(**change)
 
 
-# ---- Frame. ----
+# ---- ImageTransform. ----
 
 _scale = st.tuples(st.floats(0.05, 20), st.floats(0.05, 20))
 _offset = st.tuples(st.floats(-500, 500), st.floats(-500, 500))
-_frame = st.builds(Frame, st.just((480, 640)), _scale, _offset)
+_transforms = st.builds(ImageTransform, st.just((480, 640)), _scale, _offset)
 _boxes = st.lists(st.tuples(*[st.floats(-2000, 2000)] * 4), max_size=4).map(
     lambda rows: torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
 )
 
 
 @settings(max_examples=40)
-@given(frame=_frame, boxes=_boxes)
-def test_there_and_back(frame: Frame, boxes: torch.Tensor) -> None:
-    torch.testing.assert_close(frame.to_image(frame.to_network(boxes)), boxes, rtol=0, atol=1e-8)
+@given(transform=_transforms, boxes=_boxes)
+def test_there_and_back(transform: ImageTransform, boxes: torch.Tensor) -> None:
+    torch.testing.assert_close(transform.to_image(transform.to_network(boxes)), boxes, rtol=0, atol=1e-8)
 
 
 @settings(max_examples=40)
-@given(first=_frame, second=_frame, third=_frame, boxes=_boxes)
-def test_frames_compose(first: Frame, second: Frame, third: Frame, boxes: torch.Tensor) -> None:
+@given(first=_transforms, second=_transforms, third=_transforms, boxes=_boxes)
+def test_transforms_compose(
+    first: ImageTransform, second: ImageTransform, third: ImageTransform, boxes: torch.Tensor
+) -> None:
     both = first.then(second)
     torch.testing.assert_close(both.to_network(boxes), second.to_network(first.to_network(boxes)), rtol=1e-9, atol=1e-6)
     left, right = both.then(third), first.then(second.then(third))
@@ -165,20 +175,28 @@ def test_frames_compose(first: Frame, second: Frame, third: Frame, boxes: torch.
 
 
 def test_the_whole_image_becomes_the_whole_network_input() -> None:
-    frame = Frame.resize((480, 640), (240, 160))
-    network = frame.to_network(torch.tensor([[0.0, 0, 640, 480]]))
+    transform = ImageTransform.resize((480, 640), (240, 160))
+    network = transform.to_network(torch.tensor([[0.0, 0, 640, 480]]))
     assert network.tolist() == [[0, 0, 160, 240]]
-    letterbox = frame.then(Frame((240, 160), offset=(40.0, 0.0)))
+    letterbox = transform.then(ImageTransform((240, 160), offset=(40.0, 0.0)))
     assert letterbox.to_network(torch.tensor([[0.0, 0, 640, 480]])).tolist() == [[40, 0, 200, 240]]
 
 
-def test_the_default_frame_changes_nothing() -> None:
+def test_the_default_transform_changes_nothing() -> None:
     boxes = torch.rand(3, 4)
-    assert torch.equal(Frame((4, 4)).to_network(boxes), boxes)
-    assert Frame((4, 4)).to_image(torch.zeros(0, 4)).shape == (0, 4)
+    assert torch.equal(ImageTransform((4, 4)).to_network(boxes), boxes)
+    assert ImageTransform((4, 4)).to_image(torch.zeros(0, 4)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (1.0, -2.0), (1.0, float("inf"))])
 def test_a_scale_that_cannot_be_undone_is_refused(scale: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"`scale \([xy]\)` must be a finite number above 0"):
-        Frame((4, 4), scale)
+        ImageTransform((4, 4), scale)
+
+
+def test_detections_come_back_into_the_image() -> None:
+    transform = ImageTransform((100, 80), (2.0, 2.0), (10.0, 0.0))
+    network = detections(2, boxes=torch.tensor([[30.0, 20, 50, 60], [0, 0, 900, 900]]))
+    image = transform.detections_to_image(network)
+    assert image.boxes.tolist() == [[10, 10, 20, 30], [0, 0, 80, 100]]
+    assert torch.equal(image.scores, network.scores)

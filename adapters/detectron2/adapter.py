@@ -1,8 +1,9 @@
 """Detectron2's R-CNN family (FPN, C4 and DC5; Faster, Mask, Keypoint and Cascade R-CNN), RetinaNet and FCOS.
 
 All of them filter their boxes, suppress what overlaps, and go on with what is left. A call runs a shallow twin, which
-shares every weight and hook of the detector: the twin filters as the detector does with the suppression switched off,
-asks the stage, and goes on. Masks, keypoints and the way back to the image therefore work on the stage's boxes.
+shares every weight and hook of the detector: the twin filters as the detector does with its suppression switched off,
+calls the suppression it was given, and goes on with the detections. Masks, keypoints and the way back to the image
+therefore work on these.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iou_refiner import Detections, FeatureMaps, Frame, fingerprint
-from iou_refiner.adapters.detectron2 import library as library
-from iou_refiner.adapters.twins import seen_by_stage, shallow
+from iou_refiner import Detections, FeatureMaps, ImageTransform
+from iou_refiner.adapters.detectron2 import library
+from iou_refiner.adapters.twins import shallow
 from iou_refiner.checks import check_choice, check_positive
-from iou_refiner.detector.adapter import Suppression
+from iou_refiner.detector.adapter import Adapter, Suppression
 
 # What switches the detectors' own suppression off: no overlap is above it, no image has more boxes.
 _UNSUPPRESSED = {
@@ -34,7 +35,7 @@ _FILTERS = (
 )  # fmt: skip
 
 
-class Detectron2Adapter:
+class Detectron2Adapter(Adapter):
     """A live detector of Detectron2. Its input is Detectron2's: dicts of ``image`` (C, H, W), ``height``, ``width``.
 
     Args:
@@ -62,14 +63,14 @@ class Detectron2Adapter:
         category_ids: Mapping[int, int] | None = None,
     ):
         _check_kind(detector)
-        self.detector: Any = detector
+        self.detector = detector
         self.min_size, self.max_size = min_size, max_size
         self.input_format: str = input_format or getattr(detector, "input_format", None) or "BGR"
         check_positive("max_size", max_size)
         check_choice("input_format", self.input_format, ["BGR", "RGB"])
         if category_ids is None and getattr(detector, "roi_heads", detector).num_classes == 80:
             category_ids = library.category_ids("coco_2017_val")
-        self.category_ids: dict[int, int] | None = None if category_ids is None else dict(category_ids)
+        self.category_ids = None if category_ids is None else dict(category_ids)
 
     @classmethod
     def from_name(cls, name: str) -> Detectron2Adapter:
@@ -92,21 +93,6 @@ class Detectron2Adapter:
         library.load(adapter.detector, cfg.MODEL.WEIGHTS)
         return adapter
 
-    @property
-    def device(self) -> torch.device:
-        """Where the detector's weights are."""
-        device: torch.device = self.detector.device
-        return device
-
-    def to(self, device: torch.device | str) -> Detectron2Adapter:
-        """Move the detector."""
-        self.detector.to(device)
-        return self
-
-    def fingerprint(self) -> str:
-        """Hash of all weights and buffers of the detector."""
-        return fingerprint(self.detector)
-
     def settings(self) -> str:
         """How images are prepared, and which boxes are proposals and candidates."""
         mean, std = (buffer.flatten().tolist() for buffer in (self.detector.pixel_mean, self.detector.pixel_std))
@@ -119,56 +105,50 @@ class Detectron2Adapter:
         size = f"min_size={self.min_size} max_size={self.max_size} input_format={self.input_format}"
         return f"{size} mean={mean} std={std} {' '.join(filters)}"
 
-    def prepare(self, rgb: np.ndarray) -> tuple[dict[str, Any], Frame]:
+    def prepare(self, rgb: np.ndarray) -> tuple[dict[str, Any], ImageTransform]:
         """An RGB image (H, W, 3) uint8 as the detector takes it: resized, (3, h, w) float32 from 0 to 255.
 
-        The frame is that of the image itself: Detectron2 is told its ``height`` and ``width`` and answers in its
-        pixels. The scale between the two is in the frame of :meth:`extract`.
+        The transform is that of the image itself: Detectron2 is told its ``height`` and ``width`` and gives results in
+        its pixels. The scale between the two is in :meth:`transforms`.
         """
         height, width = rgb.shape[:2]
         pixels = rgb if self.input_format == "RGB" else rgb[:, :, ::-1]
         resize = library.module("data.transforms").ResizeShortestEdge([self.min_size] * 2, self.max_size)
         resized = resize.get_transform(pixels).apply_image(pixels)
         image = torch.from_numpy(resized.astype(np.float32).transpose(2, 0, 1).copy()).to(self.device)
-        return {"image": image, "height": height, "width": width}, Frame((height, width))
+        return {"image": image, "height": height, "width": width}, ImageTransform((height, width))
 
-    def twin(self, stage: Suppression) -> Any:
-        """A detector of the same class that shares all weights and whose suppression is ``stage``."""
+    def twin(self, suppression: Suppression) -> Any:
+        """A detector of the same class that shares every weight, with ``suppression`` in place of its own.
+
+        Its ``Instances`` have a field ``ious`` where the suppression gives them.
+        """
         shapes, twin = self.detector.backbone.output_shape(), shallow(self.detector)
         if hasattr(twin, "roi_heads"):
             names = twin.roi_heads.in_features
-            choose = _chooser(stage, [shapes[name].stride for name in names])
+            suppress = _on_instances(suppression, [shapes[name].stride for name in names])
             twin._modules["roi_heads"] = _roi_heads_twin(
-                twin.roi_heads, lambda maps, found: choose([maps[name] for name in names], found)
+                twin.roi_heads, lambda maps, candidates: suppress([maps[name] for name in names], candidates)
             )
         else:
-            choose = _chooser(stage, [shapes[name].stride for name in twin.head_in_features])
+            suppress = _on_instances(suppression, [shapes[name].stride for name in twin.head_in_features])
 
             def forward_inference(images: Any, features: list[Tensor], predictions: list[list[Tensor]]) -> Any:
-                found = type(twin).forward_inference(_unsuppressed(twin), images, features, predictions)
-                return choose(features, found)
+                candidates = type(twin).forward_inference(_unsuppressed(twin), images, features, predictions)
+                return suppress(features, candidates)
 
             twin.forward_inference = forward_inference
         return twin
 
-    def run(self, stage: Suppression, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The detector's own call with its suppression replaced by ``stage``: ``Instances``, with a field ``ious``."""
-        with torch.no_grad():
-            results: list[dict[str, Any]] = self.twin(stage)(batched_inputs)
-        return results
+    def transforms(self, images: Sequence[dict[str, Any]], features: FeatureMaps) -> list[ImageTransform]:
+        """From the image of ``height`` x ``width`` pixels, in which results are given, to the network input.
 
-    def extract(self, images: Sequence[dict[str, Any]]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
-        """Feature maps, candidates before suppression (network frame), and the frame of each image.
-
-        Frames are from the image of ``height`` x ``width`` pixels, in which results are given, to the network input.
-        RetinaNet and FCOS cut boxes to the image after suppression only: their candidates may reach beyond it.
+        RetinaNet and FCOS clip boxes to the image after suppression only: their candidates may reach beyond it.
         """
-        features, candidates = seen_by_stage(self.run, images)
-        frames = [
-            Frame.resize((image.get("height", size[0]), image.get("width", size[1])), size)
+        return [
+            ImageTransform.resize((image.get("height", size[0]), image.get("width", size[1])), size)
             for image, size in zip(images, features.image_sizes, strict=True)
         ]
-        return features, candidates, frames
 
 
 def _check_kind(detector: Any) -> None:
@@ -193,14 +173,14 @@ def _unsuppressed(module: nn.Module) -> Any:
     """A shallow copy that filters boxes as the module does, and keeps all that overlap."""
     twin = shallow(module)
     if isinstance(module, nn.ModuleList):  # a box predictor for each stage of a cascade
-        twin._modules = {name: _unsuppressed(predictor) for name, predictor in module.named_children()}
+        twin._modules = {name: _unsuppressed(part) for name, part in module.named_children()}
     else:
         vars(twin).update(_UNSUPPRESSED)
     return twin
 
 
-def _roi_heads_twin(heads: Any, choose: Callable[[dict[str, Tensor], list[Any]], list[Any]]) -> Any:
-    """RoI heads whose boxes are those that ``choose`` takes from the maps and all boxes found."""
+def _roi_heads_twin(heads: Any, suppress: Callable[[dict[str, Tensor], list[Any]], list[Any]]) -> Any:
+    """RoI heads that go on with what ``suppress`` makes of the maps and all candidates."""
     twin = shallow(heads)
 
     def forward(images: Any, features: dict[str, Tensor], proposals: list[Any], targets: Any = None) -> Any:
@@ -208,28 +188,31 @@ def _roi_heads_twin(heads: Any, choose: Callable[[dict[str, Tensor], list[Any]],
         # do the boxes given to `forward_with_given_boxes` come from the box predictor; others are not to be touched.
         once = shallow(twin)
         once._modules["box_predictor"] = _unsuppressed(twin.box_predictor)
-        once.forward_with_given_boxes = lambda maps, found: twin.forward_with_given_boxes(maps, choose(maps, found))
+        once.forward_with_given_boxes = lambda maps, boxes: twin.forward_with_given_boxes(maps, suppress(maps, boxes))
         return type(heads).forward(once, images, features, proposals, targets)
 
     twin.forward = forward
     return twin
 
 
-def _chooser(stage: Suppression, strides: Sequence[float]) -> Callable[[Sequence[Tensor], list[Any]], list[Any]]:
-    """``stage`` on Detectron2's ``Instances``: maps and all boxes found in, instances to go on with out."""
+def _on_instances(
+    suppression: Suppression, strides: Sequence[float]
+) -> Callable[[Sequence[Tensor], list[Any]], list[Any]]:
+    """``suppression`` for Detectron2's ``Instances``: maps and candidates in, detections out."""
     structures = library.module("structures")
 
-    def choose(maps: Sequence[Tensor], found: list[Any]) -> list[Any]:
-        sizes = tuple(instances.image_size for instances in found)
-        candidates = [Detections(one.pred_boxes.tensor, one.scores, one.pred_classes) for one in found]
-        chosen = []
-        for kept, size in zip(stage(FeatureMaps(tuple(maps), tuple(strides), sizes), candidates), sizes, strict=True):
-            # Detectron2 scales boxes in place on the way back to the image: not those the stage may still hold.
-            boxes = structures.Boxes(kept.boxes.clone())
-            instances = structures.Instances(size, pred_boxes=boxes, scores=kept.scores, pred_classes=kept.labels)
-            if kept.ious is not None:
-                instances.ious = kept.ious
-            chosen.append(instances)
-        return chosen
+    def suppress(maps: Sequence[Tensor], candidates: list[Any]) -> list[Any]:
+        sizes = tuple(instances.image_size for instances in candidates)
+        features = FeatureMaps(tuple(maps), tuple(strides), sizes)
+        rows = [Detections(image.pred_boxes.tensor, image.scores, image.pred_classes) for image in candidates]
+        results = []
+        for image, size in zip(suppression(features, rows), sizes, strict=True):
+            # Detectron2 scales boxes in place on the way back to the image: not those the suppression may still hold.
+            boxes = structures.Boxes(image.boxes.clone())
+            instances = structures.Instances(size, pred_boxes=boxes, scores=image.scores, pred_classes=image.labels)
+            if image.ious is not None:
+                instances.ious = image.ious
+            results.append(instances)
+        return results
 
-    return choose
+    return suppress

@@ -2,7 +2,7 @@
 
 The graph is rewritten in memory so that it also returns its feature maps; the file is only read. What goes in and comes
 out is said by an :class:`OnnxLayout`. The detector's input is the image itself, RGB (H, W, 3) uint8 of any size:
-letterboxing belongs to the detector, and the frame of each image says where it went.
+letterboxing belongs to the detector, and the transform of each image says where it went.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iou_refiner import DataError, Detections, FeatureMaps, Frame
+from iou_refiner import DataError, Detections, FeatureMaps, ImageTransform
 from iou_refiner.adapters.onnx import graph as graphs
 from iou_refiner.adapters.onnx.boxes import read_boxes
 from iou_refiner.adapters.onnx.images import check_image, check_stride, place, stack, stride_of
@@ -27,12 +27,11 @@ from iou_refiner.adapters.onnx.layouts import LAYOUTS, OnnxLayout
 from iou_refiner.adapters.onnx.network import Network
 from iou_refiner.boxes import clip_boxes, valid_boxes
 from iou_refiner.checks import check_choice
-from iou_refiner.coco.data import COCO_IDS
-from iou_refiner.detector.adapter import Suppression
+from iou_refiner.detector.adapter import COCO_CATEGORY_IDS, Adapter, Suppression
 from iou_refiner.stage.nms import nms
 
 
-class OnnxAdapter:
+class OnnxAdapter(Adapter):
     """A detector exported to ONNX. It is called like one: ``adapter([rgb, ...])`` gives its own result.
 
     Args:
@@ -64,7 +63,7 @@ class OnnxAdapter:
         named = (self._boxes, self.layout.scores, self.layout.labels, *self.features)
         self._network = Network(model, [name for name in named if name], self.layout, self.path)
         self.input_size = self._network.input_size
-        self._look_once()
+        self._try_blank_image()
 
     @classmethod
     def from_name(cls, name: str) -> OnnxAdapter:
@@ -76,7 +75,7 @@ class OnnxAdapter:
         return cls(name, OnnxLayout.read(described)) if described.exists() else cls(name)
 
     def _find_boxes(self, model: Any) -> str:
-        """The tensor of boxes; the other outputs that the layout names are looked for as well."""
+        """The name of the tensor of boxes; checks the other names of the layout as well."""
         layout = self.layout
         outputs: list[str] = [output.name for output in model.graph.output]
         if layout.boxes is None and len(outputs) != 1:
@@ -101,25 +100,25 @@ class OnnxAdapter:
 
     def _find_features(self, model: Any) -> list[str]:
         if self.layout.features is None:
-            found: list[str] = graphs.yolox_neck(model, self.path)
-            return found
+            neck: list[str] = graphs.yolox_neck(model, self.path)
+            return neck
         for name in self.layout.features:
             graphs.check_name("features", name, model, self.path)
-        # Other maps are another detector to whoever learned from them.
+        # A head that learned from other maps must not pass for one that belongs here.
         names = list(self.layout.features)
         self._fingerprint = hashlib.sha256(f"{self._fingerprint} {names}".encode()).hexdigest()
         return names
 
-    def _look_once(self) -> None:
+    def _try_blank_image(self) -> None:
         """Learn what the graph returns, and refuse what does not fit, from one blank image."""
         tensors = self._network(place(np.zeros((*self.input_size, 3), np.uint8), self.layout, self.input_size)[0])
         classes = read_boxes(tensors, self._boxes, self.layout, self.input_size)[1].shape[1]
         ids = self.layout.category_ids
         if self.layout.labels is None and ids is not None and len(ids) != classes:
             raise ValueError(f"`category_ids` must name the {classes} classes of {self.path}, got {len(ids)} ids.")
-        if ids is None and self.layout.labels is None and classes == len(COCO_IDS):
-            ids = COCO_IDS
-        self.category_ids: dict[int, int] | None = None if ids is None else dict(enumerate(ids))
+        if ids is None and self.layout.labels is None and classes == len(COCO_CATEGORY_IDS):
+            ids = COCO_CATEGORY_IDS
+        self.category_ids = None if ids is None else dict(enumerate(ids))
         maps = tuple(tensors[name] for name in self.features)
         strides = self.layout.strides
         if strides is None:
@@ -133,6 +132,11 @@ class OnnxAdapter:
     def detector(self) -> OnnxAdapter:
         """What is called for the detector's own result: this object."""
         return self
+
+    @property
+    def training(self) -> bool:
+        """Never: an exported graph does not train."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -153,81 +157,77 @@ class OnnxAdapter:
         return self._fingerprint
 
     def settings(self) -> str:
-        """Where features are read, from which score on boxes are candidates, and what else differs from YOLOX."""
+        """Which maps are the features, above which score boxes are candidates, and what else differs from YOLOX."""
         told = f"features={self.features} score_threshold={self.layout.score_threshold}"
         silent = ("features", "score_threshold", "nms_threshold", "category_ids")
         names = [field.name for field in fields(OnnxLayout) if field.name not in silent]
         differing = [name for name in names if getattr(self.layout, name) != getattr(LAYOUTS["yolox"], name)]
         return " ".join([told, *(f"{name}={getattr(self.layout, name)!r}" for name in differing)])
 
-    def prepare(self, rgb: np.ndarray) -> tuple[np.ndarray, Frame]:
+    def prepare(self, rgb: np.ndarray) -> tuple[np.ndarray, ImageTransform]:
         """The image itself: RGB (H, W, 3) uint8 is what the detector takes."""
         check_image("rgb", rgb)
-        return rgb, Frame((rgb.shape[0], rgb.shape[1]))
+        return rgb, ImageTransform((rgb.shape[0], rgb.shape[1]))
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
-        """The detector's own result; form as :meth:`run`."""
-        return self.run(self.suppress, images)
-
-    def suppress(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        """The detector's own suppression, as a stage: greedy NMS per class; without a threshold, sorting by score."""
-        if self.layout.nms_threshold is None:
-            return [found[found.scores.argsort(descending=True, stable=True)] for found in candidates]
-        threshold = self.layout.nms_threshold
-        return [found[nms(found.boxes, found.scores, found.labels, threshold=threshold)] for found in candidates]
-
-    def twin(self, stage: Suppression) -> OnnxAdapter:
-        """The same detector, sharing all, with ``stage`` as its own suppression."""
-        twin: Any = copy.copy(self)
-        twin.suppress = stage
-        return cast(OnnxAdapter, twin)
-
-    def run(self, stage: Suppression, images: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
-        """The detector's call with ``stage`` as its suppression.
+        """Detections after :meth:`suppress`.
 
         Args:
-            stage: features and candidates in, detections out; network frame.
             images: RGB (H, W, 3) uint8 each, of any sizes.
 
         Returns:
-            One dict per image, rows as the stage ordered them: ``boxes`` (N, 4) float32 xyxy in pixels of the image,
-            clipped to it, ``scores`` (N,), ``labels`` (N,) from 0, and ``ious`` (N,) if the stage gave them.
+            One dict per image, rows as the suppression ordered them: ``boxes`` (N, 4) float32 xyxy in pixels of the
+            image, clipped to it, ``scores`` (N,), ``labels`` (N,) from 0, and ``ious`` (N,) if the suppression gave
+            them.
         """
-        results = []
         with torch.no_grad():
-            features, candidates, frames = self.extract(images)
-            for found, frame in zip(stage(features, candidates), frames, strict=True):
-                boxes = clip_boxes(frame.to_image(found.boxes), frame.image_size)
-                result = {"boxes": boxes, "scores": found.scores, "labels": found.labels}
-                results.append(result if found.ious is None else result | {"ious": found.ious})
-        return results
+            features, candidates, transforms = self.extract(images)
+            detections = zip(self.suppress(features, candidates), transforms, strict=True)
+            return [transform.detections_to_image(image).to_dict() for image, transform in detections]
 
-    def extract(self, images: Sequence[np.ndarray]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
-        """Feature maps, candidates before suppression, and the frame of each image in the network input.
+    def suppress(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        """The detector's own suppression: greedy NMS per class; without a threshold, it only sorts by score."""
+        if self.layout.nms_threshold is None:
+            return [image[image.scores.argsort(descending=True, stable=True)] for image in candidates]
+        threshold = self.layout.nms_threshold
+        return [image[nms(image.boxes, image.scores, image.labels, threshold=threshold)] for image in candidates]
+
+    def twin(self, suppression: Suppression) -> OnnxAdapter:
+        """The same detector, which shares all with this one, with ``suppression`` in place of its own."""
+        twin: Any = copy.copy(self)
+        twin.suppress = suppression
+        return cast(OnnxAdapter, twin)
+
+    def transforms(self, images: Sequence[np.ndarray], features: FeatureMaps) -> list[ImageTransform]:
+        """From each image to the network input."""
+        return [place(rgb, self.layout, self._network.size_for("images", rgb))[2] for rgb in images]
+
+    def extract(self, images: Sequence[np.ndarray]) -> tuple[FeatureMaps, list[Detections], list[ImageTransform]]:
+        """Feature maps, candidates before suppression, and the transform of each image to the network input.
 
         Candidates are clipped to the image, so that none reaches into the padding.
         """
         maps: list[list[Tensor]] = [[] for _ in self.features]
-        sizes, candidates, frames = [], [], []
+        sizes, candidates, transforms = [], [], []
         for index, rgb in enumerate(images):
             check_image(f"images[{index}]", rgb)
             size = self._network.size_for(f"images[{index}]", rgb)
-            pixels, reach, frame = place(rgb, self.layout, size)
+            pixels, reach, transform = place(rgb, self.layout, size)
             tensors = self._network(pixels)
-            for found, name, stride in zip(maps, self.features, self.strides, strict=True):
-                found.append(tensors[name])
+            for level, name, stride in zip(maps, self.features, self.strides, strict=True):
+                level.append(tensors[name])
                 if size != self.input_size:
                     check_stride(name, tensors[name], stride, size)
-            candidates.append(self._candidates(tensors, size, reach, frame))
+            candidates.append(self._candidates(tensors, size, reach, transform))
             sizes.append(reach)
-            frames.append(frame)
-        levels = tuple(stack(found, shape) for found, shape in zip(maps, self._shapes, strict=True))
-        return FeatureMaps(levels, self.strides, tuple(sizes)), candidates, frames
+            transforms.append(transform)
+        levels = tuple(stack(level, shape) for level, shape in zip(maps, self._shapes, strict=True))
+        return FeatureMaps(levels, self.strides, tuple(sizes)), candidates, transforms
 
     def _candidates(
-        self, tensors: dict[str, Tensor], size: tuple[int, int], reach: tuple[int, int], frame: Frame
+        self, tensors: dict[str, Tensor], size: tuple[int, int], reach: tuple[int, int], transform: ImageTransform
     ) -> Detections:
         boxes, scores, labels = read_boxes(tensors, self._boxes, self.layout, size)
-        boxes = clip_boxes(boxes, reach).maximum(boxes.new_tensor(frame.offset * 2))
+        boxes = clip_boxes(boxes, reach).maximum(boxes.new_tensor(transform.offset * 2))
         rows, columns = torch.nonzero((scores > self.layout.score_threshold) & valid_boxes(boxes)[:, None]).unbind(1)
         return Detections(boxes[rows], scores[rows, columns], labels[rows, columns])

@@ -65,14 +65,14 @@ def check_name(argument: str, name: str, model: Any, path: Path) -> None:
 def upstream(model: Any, name: str) -> set[int]:
     """Indices of the nodes that the tensor ``name`` depends on."""
     producer = _producers(model)
-    seen: set[int] = set()
+    visited: set[int] = set()
     waiting = [name]
     while waiting:
         index = producer.get(waiting.pop())
-        if index is not None and index not in seen:
-            seen.add(index)
+        if index is not None and index not in visited:
+            visited.add(index)
             waiting.extend(model.graph.node[index].input)
-    return seen
+    return visited
 
 
 def operators(model: Any, kind: str) -> set[int]:
@@ -114,7 +114,7 @@ def _producers(model: Any) -> dict[str, int]:
 
 
 def _some_maps(model: Any) -> str:
-    """The latest maps of the three smallest sizes that convolutions read: where feature maps are usually found."""
+    """The latest maps of the three smallest sizes that convolutions read: feature maps are usually among them."""
     onnx = require("onnx", extra="onnx", purpose=PURPOSE)
     read = {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
     sizes: dict[tuple[int, ...], list[str]] = {}

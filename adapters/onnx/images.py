@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iou_refiner import Frame
+from iou_refiner import ImageTransform
 from iou_refiner.adapters.onnx.layouts import OnnxLayout
 
 
@@ -19,7 +19,9 @@ def check_image(name: str, rgb: np.ndarray) -> None:
         raise ValueError(f"`{name}` must be an RGB image, a numpy array (H, W, 3) of uint8, got {came}.")
 
 
-def place(rgb: np.ndarray, layout: OnnxLayout, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int], Frame]:
+def place(
+    rgb: np.ndarray, layout: OnnxLayout, size: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int], ImageTransform]:
     """An image as it enters the network.
 
     Args:
@@ -29,7 +31,7 @@ def place(rgb: np.ndarray, layout: OnnxLayout, size: tuple[int, int]) -> tuple[n
 
     Returns:
         The network input (1, 3, height, width) float32; the ``(height, width)`` up to which the image reaches in it,
-        counted from the top left corner of the input; and the frame from the image to the input.
+        counted from the top left corner of the input; and the transform from the image to the input.
     """
     height, width = rgb.shape[:2]
     inner, (top, left) = size, (0, 0)
@@ -46,8 +48,10 @@ def place(rgb: np.ndarray, layout: OnnxLayout, size: tuple[int, int]) -> tuple[n
     canvas[:, :, top : top + inner[0], left : left + inner[1]] = pixels
     mean, std = (canvas.new_tensor(values).view(1, 3, 1, 1) for values in (layout.mean, layout.std))
     canvas = (canvas * layout.scale - mean) / std
-    frame = Frame.resize((height, width), inner).then(Frame(inner, offset=(float(left), float(top))))
-    return canvas.numpy(), (top + inner[0], left + inner[1]), frame
+    transform = ImageTransform.resize((height, width), inner).then(
+        ImageTransform(inner, offset=(float(left), float(top)))
+    )
+    return canvas.numpy(), (top + inner[0], left + inner[1]), transform
 
 
 def stride_of(name: str, level: Tensor, size: tuple[int, int]) -> float:

@@ -1,4 +1,4 @@
-"""An exported network as onnxruntime runs it: pixels in, the tensors one asks for out.
+"""An exported network as onnxruntime runs it: pixels in, the named tensors out.
 
 A graph hides its inner tensors but computes them all the same: named as outputs, they come out.
 """
@@ -80,7 +80,7 @@ def _image_input(session: Any, path: Path) -> tuple[str, bool, tuple[int | None,
         *batch, channels, height, width = (side if isinstance(side, int) else None for side in inputs[0].shape)
         if channels in (3, None) and batch in ([], [1], [None]):
             return inputs[0].name, bool(batch), (height, width)
-    shapes = ", ".join(f"{found.type} {found.shape}" for found in inputs)
+    shapes = ", ".join(f"{one.type} {one.shape}" for one in inputs)
     raise DataError(
         f"{path} must have one input, tensor(float) [1, 3, height, width] or [3, height, width], got "
         f"{shapes or 'none'}. Export it so."

@@ -1,8 +1,9 @@
 """Hugging Face transformers: RT-DETR, RT-DETRv2, D-FINE, DETR and Deformable DETR.
 
 These detectors have no NMS. Their image processor selects rows, a query and a class each, and drops those whose score
-is not above the threshold. The stage comes between the two: its candidates are the rows selected, and the threshold
-judges the scores it gives. They hold few duplicates: ``nms="none"`` is the setting that suppresses nothing.
+is not above the threshold. A suppression comes between the two: its candidates are the rows selected, and the threshold
+is applied to the scores it returns. They hold few duplicates: with ``nms="none", final_nms="none"`` the stage
+suppresses nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iou_refiner import DataError, Detections, FeatureMaps, Frame, fingerprint
+from iou_refiner import DataError, Detections, FeatureMaps, ImageTransform, fingerprint
 from iou_refiner.adapters.transformers.twins import twin_model, twin_pipeline, twin_processor
 from iou_refiner.checks import require
-from iou_refiner.coco.data import COCO_IDS
-from iou_refiner.detector.adapter import Suppression
+from iou_refiner.detector.adapter import COCO_CATEGORY_IDS, Adapter, Recorder, Suppression
 
 _KINDS = (
     "RTDetrForObjectDetection",
@@ -54,15 +54,15 @@ class ObjectDetector(nn.Module):
         with torch.no_grad():
             outputs = self.model(**inputs)
             sizes = [(picture.height, picture.width) for picture in pictures]
-            found: list[dict[str, Tensor]] = self.processor.post_process_object_detection(outputs, threshold, sizes)
-        return found
+            results: list[dict[str, Tensor]] = self.processor.post_process_object_detection(outputs, threshold, sizes)
+        return results
 
 
-class TransformersAdapter:
+class TransformersAdapter(Adapter):
     """A detector of transformers: an object detection pipeline, or a model with its image processor.
 
     Args:
-        detector: the pipeline, or the model. The one is called as ever, the other as :class:`ObjectDetector` is.
+        detector: the pipeline, or the model. A pipeline is called as ever, a model as :class:`ObjectDetector` is.
         processor: the image processor of the model. Default: the one saved with the weights the model was loaded from.
 
     Raises:
@@ -83,10 +83,10 @@ class TransformersAdapter:
             self.processor: Any = detector.image_processor
         else:
             self.processor = _saved_processor(self.model) if processor is None else processor
-        self.detector: Any = detector if pipeline else ObjectDetector(self.model, self.processor)
+        self.detector = detector if pipeline else ObjectDetector(self.model, self.processor)
         names = self.model.config.id2label
-        coco = len(names) == len(COCO_IDS) and (names[0], names[79]) == ("person", "toothbrush")
-        self.category_ids: dict[int, int] | None = dict(enumerate(COCO_IDS)) if coco else None
+        coco = len(names) == len(COCO_CATEGORY_IDS) and (names[0], names[79]) == ("person", "toothbrush")
+        self.category_ids = dict(enumerate(COCO_CATEGORY_IDS)) if coco else None
 
     @classmethod
     def from_name(cls, name: str) -> TransformersAdapter:
@@ -115,6 +115,12 @@ class TransformersAdapter:
             self.detector.device = self.model.device  # where a pipeline sends its inputs
         return self
 
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        training: bool = self.model.training
+        return training
+
     def fingerprint(self) -> str:
         """Hash of all weights and buffers of the model."""
         return fingerprint(self.model)
@@ -124,42 +130,37 @@ class TransformersAdapter:
         described: str = self.processor.to_json_string()
         return described
 
-    def prepare(self, rgb: np.ndarray) -> tuple[Any, Frame]:
-        """An RGB image (H, W, 3) uint8 as a PIL image, and the frame between, which changes nothing."""
+    def prepare(self, rgb: np.ndarray) -> tuple[Any, ImageTransform]:
+        """An RGB image (H, W, 3) uint8 as a PIL image, and the transform between, which changes nothing."""
         image = require("PIL.Image", extra="transformers", purpose="A transformers detector")
-        return image.fromarray(rgb), Frame((rgb.shape[0], rgb.shape[1]))
+        return image.fromarray(rgb), ImageTransform((rgb.shape[0], rgb.shape[1]))
 
-    def twin(self, stage: Suppression) -> Any:
-        """A detector of the same class that shares every weight and whose detections are what ``stage`` keeps.
+    def twin(self, suppression: Suppression) -> Any:
+        """A detector of the same class that shares every weight, with ``suppression`` before its score threshold.
 
-        The twin of an :class:`ObjectDetector` has a ``model`` and a ``processor`` that may be used by themselves, with
-        each other, as transformers' own: what ``post_process_object_detection`` returns holds ``ious``.
+        Where the suppression gives ``ious``, the twin of a pipeline has an ``iou`` in each detection; its boxes are
+        whole pixels, as ever. The twin of an :class:`ObjectDetector` has a ``model`` and a ``processor`` that may be
+        used by themselves, with each other, as transformers' own: ``post_process_object_detection`` then returns
+        ``ious`` too.
         """
-        model, processor = twin_model(self.model, self.processor, stage), twin_processor(self.processor)
+        model, processor = twin_model(self.model, self.processor, suppression), twin_processor(self.processor)
         if isinstance(self.detector, ObjectDetector):
             return ObjectDetector(model, processor)
         return twin_pipeline(self.detector, model, processor)
 
-    def run(self, stage: Suppression, *args: Any, **kwargs: Any) -> Any:
-        """The detector's own call with what it selects handed to ``stage`` first; its own result, plus ``ious``.
+    def extract(self, images: Sequence[Any]) -> tuple[FeatureMaps, list[Detections], list[ImageTransform]]:
+        """Feature maps, the rows transformers selects at any score (network pixels), and :meth:`transforms`.
 
-        A pipeline names it ``iou``, one to each detection. Its boxes are whole pixels, as ever.
+        All images are one batch, also where the detector is a pipeline, which takes them one by one.
         """
-        return self.twin(stage)(*args, **kwargs)
+        recorder, pictures = Recorder(), _load(images)
+        ObjectDetector(twin_model(self.model, self.processor, recorder), twin_processor(self.processor))(pictures)
+        return recorder.features, recorder.candidates, self.transforms(pictures, recorder.features)
 
-    def extract(self, images: Sequence[Any]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
-        """Feature maps, the rows transformers selects at any score (network frame), and the frame of each image."""
-        seen: list[tuple[FeatureMaps, list[Detections]]] = []
-
-        def look(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-            seen.append((features, candidates))
-            return candidates
-
-        pictures = _load(images)
-        ObjectDetector(twin_model(self.model, self.processor, look), twin_processor(self.processor))(pictures)
-        features, candidates = seen[0]
-        sizes = zip(pictures, features.image_sizes, strict=True)
-        return features, candidates, [Frame.resize((image.height, image.width), size) for image, size in sizes]
+    def transforms(self, images: Sequence[Any], features: FeatureMaps) -> list[ImageTransform]:
+        """From each image to the network input."""
+        sizes = zip(_load(images), features.image_sizes, strict=True)
+        return [ImageTransform.resize((image.height, image.width), size) for image, size in sizes]
 
 
 def _transformers() -> Any:

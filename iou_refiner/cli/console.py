@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iou_refiner.checks import did_you_mean
 from iou_refiner.files import write_whole
+from iou_refiner.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-
-    from iou_refiner.demo.run import DemoResult
-    from iou_refiner.detector.adapter import Adapter
-    from iou_refiner.rescoring import Look
 
 T = TypeVar("T")
 
@@ -70,13 +66,6 @@ class Console:
         Rich().print(table)
         return None
 
-    def demo(self, result: DemoResult, folder: Path) -> None:
-        """The outcome of the demo."""
-        if not self.as_json:
-            print(result.about)
-        self.table(result.head, result.rows(), result.to_dict())
-        self.note(f"Images, weights, results and the picture before_after.png are in {folder}")
-
     def note(self, text: str) -> None:
         """Something worth knowing, on stderr."""
         if not self.quiet:
@@ -98,21 +87,21 @@ class Console:
             raise UsageError(str(error)) from error
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Bars on stderr, one for each phase: ``progress(phase, done, total)``. None where nobody watches."""
+    def progress(self) -> Iterator[Progress]:
+        """Bars on stderr, one for each phase; none where nobody watches."""
         from rich.console import Console as Rich
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.progress import Progress as Bars
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         rich = Rich(stderr=True)
-        with Progress(
+        with Bars(
             *columns,
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -152,20 +141,13 @@ class Console:
             raise UsageError(f"--device {self.device} cannot be used here ({reason}).{hint}") from None
         return device
 
-    def look(self, adapter: Adapter, folder: Path, cache: Path | None) -> Look:
-        """Where the features of an image come from: the live detector, through the cache if one is named."""
-        from iou_refiner.detector.features import extract_image
-        from iou_refiner.detector.sources import FeatureCache
-
-        if cache is None:
-            return partial(extract_image, adapter, folder)
-        return partial(FeatureCache(cache, adapter).get, folder)
-
-    def remember(self, tokens: Sequence[str], command: str, bound: Any) -> None:
+    def remember(self, command: str, bound: Any) -> None:
         """Keep the resolved options of the command for :meth:`save_config`."""
         bound.apply_defaults()
-        options = {name.replace("_", "-"): value for name, value in bound.arguments.items() if value is not None}
-        self._config = {command: options}
+        options: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            options |= asdict(value) if is_dataclass(value) and not isinstance(value, type) else {name: value}
+        self._config = {command: {k.replace("_", "-"): v for k, v in options.items() if v is not None}}
 
     def save_config(self, output: Path) -> None:
         """Write the resolved options beside an output; ``--config`` reads them back."""

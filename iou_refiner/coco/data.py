@@ -22,9 +22,6 @@ ID_LIMITS = (-(2**63), 2**63 - 1)
 Id = Annotated[int, msgspec.Meta(ge=ID_LIMITS[0], le=ID_LIMITS[1])]
 Box = tuple[float, float, float, float]
 
-#: The category ids of COCO's 80 classes in the order in which detectors number them: 1 to 90 with ten gaps.
-COCO_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
-
 
 def group_rows(ids: IntArray) -> dict[int, IntArray]:
     """Row indices of each id, ascending in both: (n,) int64 to arrays that together hold 0 to n - 1. One sort."""
@@ -198,8 +195,8 @@ class GroundTruth:
 
     def by_image(self) -> dict[int, IntArray]:
         """The rows of every image, in file order; an image without annotations has an empty array."""
-        found = group_rows(self.image_id)
-        return {image.id: found.get(image.id, np.empty(0, np.int64)) for image in self.images}
+        rows = group_rows(self.image_id)
+        return {image.id: rows.get(image.id, np.empty(0, np.int64)) for image in self.images}
 
     def to_coco_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The dict that pycocotools indexes, all of it fresh, as pycocotools writes into what it is given.

@@ -201,14 +201,14 @@ def windows(stream: BufferedIOBase, path: Path) -> Iterator[Window]:
 
 def _check_tail(path: Path, before: bytes, after: bytes, offset: int) -> None:
     if before.strip():
-        found = f"{quoted(before.strip())} before the list's closing bracket (after byte {offset:,})"
+        stray = f"{quoted(before.strip())} before the list's closing bracket (after byte {offset:,})"
     elif after[:1] == b"}":
-        found = "a brace where the list should close with a bracket"
+        stray = "a brace where the list should close with a bracket"
     elif after[1:].strip():
-        found = f"{quoted(after[1:].strip())} after the list's closing bracket"
+        stray = f"{quoted(after[1:].strip())} after the list's closing bracket"
     else:
         return
-    raise FormatError("E102", f"{path}: expected only records in one list, found {found}. {CURES['E102']}")
+    raise FormatError("E102", f"{path}: expected only records in one list, found {stray}. {CURES['E102']}")
 
 
 def read_object(path: Path, kind: type[T]) -> T:

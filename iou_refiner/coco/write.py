@@ -30,7 +30,7 @@ def write_results(
     """Write detections as COCO json, one record a line; the same results give the same bytes.
 
     Records go image by image, by falling score within each (ties keep their order), so that AP does not depend on
-    the order in which they were found.
+    the order in which they come.
 
     Args:
         path: written beside and renamed; compressed if it ends in .gz.

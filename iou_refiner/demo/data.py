@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ import numpy as np
 from iou_refiner.checks import MissingPackageError, check_choice, check_positive, require
 from iou_refiner.coco import Category, GroundTruth, Image, xyxy_to_xywh
 from iou_refiner.coco.data import FloatArray
+from iou_refiner.demo.ink import Ink
 from iou_refiner.files import write_whole
+from iou_refiner.progress import Progress, no_progress
 
 #: Where the data comes from and what it cannot show, in a sentence to print beside any number measured on it.
 WHAT_IT_IS = "semi-synthetic: real handwritten digits on real photographs; shows localisation, not real-world AP"
@@ -33,10 +34,6 @@ DIGIT_SIDES = (28.0, 88.0)
 _MOST_DIGITS = 4
 _GAP = 2.0  # pixels at least between two boxes, so that no ink hides ink
 _CONTRAST = 0.35  # least difference in brightness between ink and the mean of what it covers
-
-_INK = 0.5  # of black
-_FINE = 6  # samples of the interpolated digit per pixel of the original, per axis
-_COVERAGE = 4  # samples per image pixel and axis, whose share inside the ink is the pixel's opacity
 
 # Files of scikit-image's wheel; most others that its documentation names are downloaded on first use.
 _TEST_PHOTOGRAPHS = ("camera.png", "coffee.png", "gravel.png", "rocket.jpg")
@@ -96,61 +93,6 @@ def _photograph(name: str) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Ink:
-    """A digit as a set of points, those where ``fine``, interpolated linearly, is at least one half.
-
-    Args:
-        fine: (m, m) float64, the digit interpolated at :data:`_FINE` samples a pixel.
-        outline: (k, 2) float64 ``(x, y)`` points on the border of the set, in pixels of the digit.
-    """
-
-    fine: FloatArray
-    outline: FloatArray
-
-    @classmethod
-    def of(cls, digit: FloatArray) -> Ink:
-        """Of a digit (28, 28) float64, 0 for paper to 1 for black."""
-        transform = require("skimage.transform", extra="demo", purpose="The demo")
-        offset = 0.5 / _FINE - 0.5
-        to_digit = np.array([[1 / _FINE, 0, offset], [0, 1 / _FINE, offset], [0, 0, 1]])
-        shape = tuple(side * _FINE for side in digit.shape)
-        fine = transform.warp(digit, to_digit, output_shape=shape, order=3)
-        outline = np.concatenate([_crossings(fine), _crossings(fine.T)[:, ::-1]])
-        return cls(fine, (outline + 0.5) / _FINE)
-
-    def extent(self, linear: FloatArray) -> FloatArray:
-        """The box ``(x1, y1, x2, y2)`` of the set under a linear map (2, 2)."""
-        points = self.outline @ linear.T
-        return np.concatenate([points.min(0), points.max(0)])
-
-    def coverage(
-        self, linear: FloatArray, shift: FloatArray, window: tuple[int, int, int, int], samples: int = _COVERAGE
-    ) -> FloatArray:
-        """The share of each pixel that lies in the set.
-
-        Args:
-            linear, shift: (2, 2) and (2,), the map ``linear @ point + shift`` from pixels of the digit to the image.
-            window: ``(left, top, right, bottom)``, the pixels wanted.
-            samples: per pixel and axis.
-
-        Returns:
-            (bottom - top, right - left) in [0, 1].
-        """
-        transform = require("skimage.transform", extra="demo", purpose="The demo")
-        left, top, right, bottom = window
-        # From the index of a sample to the image, to the digit, to the index in `fine`; samples and pixels are centred.
-        corner = np.array([left, top]) + 0.5 / samples
-        back = np.linalg.inv(linear) * _FINE
-        to_fine = np.eye(3)
-        to_fine[:2, :2] = back / samples
-        to_fine[:2, 2] = back @ (corner - shift) - 0.5
-        shape = ((bottom - top) * samples, (right - left) * samples)
-        inside = transform.warp(self.fine, to_fine, output_shape=shape, order=1) >= _INK
-        share: FloatArray = inside.reshape(bottom - top, samples, right - left, samples).mean((1, 3))
-        return share
-
-
-@dataclass(frozen=True, eq=False)
 class Scene:
     """An image and its truth.
 
@@ -161,14 +103,6 @@ class Scene:
 
     rgb: np.ndarray
     boxes: FloatArray
-
-
-def _crossings(fine: FloatArray) -> FloatArray:
-    """Points ``(x, y)``, in array indices, where the border of the ink passes between horizontal neighbours."""
-    left, right = fine[:, :-1], fine[:, 1:]
-    row, column = np.nonzero((left >= _INK) != (right >= _INK))
-    before, after = left[row, column], right[row, column]
-    return np.stack([column + (_INK - before) / (after - before), row], 1)
 
 
 def draw_scene(sources: Sources, rng: np.random.Generator) -> Scene:
@@ -240,7 +174,7 @@ def _paint(
 
 
 def write_split(
-    folder: str | Path, split: str, count: int, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    folder: str | Path, split: str, count: int, *, seed: int = 0, progress: Progress = no_progress
 ) -> GroundTruth:
     """Draw the images of a split and write them with their annotation, ``SPLIT.json`` and ``SPLIT/*.png``.
 
@@ -251,7 +185,7 @@ def write_split(
         split: one of :data:`SPLITS`.
         count: images wanted, below 100,000.
         seed: of all that is random.
-        progress: called after each image with (done, total).
+        progress: called after each image, in the phase ``drawing SPLIT``.
 
     Returns:
         The annotation as it was written.
@@ -270,8 +204,7 @@ def write_split(
         _write_png(folder / name, scene.rgb)
         images.append(Image(100_000 * number + index + 1, name, IMAGE_SIDE, IMAGE_SIDE))
         boxes.append(scene.boxes)
-        if progress:
-            progress(index + 1, count)
+        progress(f"drawing {split}", index + 1, count)
     truth = _ground_truth(images, boxes)
     text = json.dumps({"info": {"description": WHAT_IT_IS}, **truth.to_coco_dict()})
     write_whole(folder / f"{split}.json", text.encode())

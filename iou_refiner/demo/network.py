@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from iou_refiner.coco import GroundTruth, xywh_to_xyxy
 from iou_refiner.demo.data import IMAGE_SIDE
 from iou_refiner.detector.features import open_image
 from iou_refiner.files import write_whole
+from iou_refiner.progress import Progress, no_progress
 
 _WIDTHS = (24, 32, 64, 96)  # channels at strides 2, 4, 8, 16
 _CHANNELS = 48  # of the feature pyramid
@@ -35,7 +35,7 @@ class _Backbone(nn.Module):
             nn.Sequential(_convolution(before, after, stride=2), _convolution(after, after))
             for before, after in zip(_WIDTHS[:-1], widths, strict=True)
         )
-        self.pyramid = ops.FeaturePyramidNetwork(widths, _CHANNELS)
+        self.fpn = ops.FeaturePyramidNetwork(widths, _CHANNELS)
         self.out_channels = _CHANNELS
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class _Backbone(nn.Module):
         for index, stage in enumerate(self.stages):
             cells = stage(cells)
             maps[str(index)] = cells
-        levels: dict[str, Tensor] = self.pyramid(maps)
+        levels: dict[str, Tensor] = self.fpn(maps)
         return levels
 
 
@@ -91,7 +91,7 @@ def train_detector(
     *,
     steps: int,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Any:
     """Train a detector from nothing: AdamW, one cycle of the learning rate, :data:`_BATCH` images a step.
 
@@ -99,8 +99,8 @@ def train_detector(
         folder: of the images.
         ground_truth: the annotation.
         steps: how many; a number and not a time, so that the result is the same anywhere.
-        seed: of weights and order. Torch's global generator is left as it was found.
-        progress: called after each step with (done, total).
+        seed: of weights and order. Torch's global generator is left as it was.
+        progress: called after each step, in the phase "training the detector".
 
     Returns:
         The detector, in inference mode.
@@ -125,8 +125,7 @@ def train_detector(
             nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
             optimizer.step()
             schedule.step()
-            if progress:
-                progress(step + 1, steps)
+            progress("training the detector", step + 1, steps)
     return detector.eval()
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from iou_refiner.boxes import pairwise_iou
 from iou_refiner.checks import require
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy
 from iou_refiner.coco.data import FloatArray
 from iou_refiner.detector.features import open_image
 from iou_refiner.files import write_whole
+from iou_refiner.numpy_boxes import pairwise_iou
 
 _COLUMNS = 6
 _FIRST = 12  # whole images
@@ -96,20 +96,13 @@ def _pairs(ground_truth: GroundTruth, before: Results, after: Results) -> list[_
         ]
         if not all(map(len, boxes)):
             continue
-        ious = [_iou(objects[of_image[image.id]], found) for found in boxes]
+        ious = [pairwise_iou(objects[of_image[image.id]], side) for side in boxes]
         for truth, *iou in zip(objects[of_image[image.id]], *ious, strict=True):
             best = [int(values.argmax()) for values in iou]
             reached = float(iou[0][best[0]]), float(iou[1][best[1]])
             if min(reached) > 0:
                 pairs.append(_Pair(image, truth, boxes[0][best[0]], boxes[1][best[1]], reached))
     return pairs
-
-
-def _iou(a: FloatArray, b: FloatArray) -> FloatArray:
-    import torch
-
-    iou: FloatArray = pairwise_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy()
-    return iou
 
 
 def _draw(axis: Any, pair: _Pair, *, width: float) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,36 @@ from iou_refiner.coco import GroundTruth, Image, Results, read_results, write_re
 from iou_refiner.demo.data import WHAT_IT_IS, write_split
 from iou_refiner.demo.network import read_detector, save_detector, train_detector
 from iou_refiner.demo.picture import save_picture
+from iou_refiner.demo.result import DemoResult
 from iou_refiner.detector.adapter import Adapter
-from iou_refiner.detector.features import Extraction, extract_image
-from iou_refiner.evaluation.agreement import Ranking, ranking, true_iou
-from iou_refiner.evaluation.bootstrap import Comparison, compare
+from iou_refiner.detector.features import Extraction
+from iou_refiner.detector.sources import FeatureSource, feature_source
+from iou_refiner.evaluation.agreement import agreement
+from iou_refiner.evaluation.bootstrap import compare
+from iou_refiner.evaluation.true_iou import true_iou
 from iou_refiner.files import write_whole
-from iou_refiner.head.iou_head import IoUPredictor
-from iou_refiner.rescoring import Look, dump_candidates, rescore
+from iou_refiner.head.checkpoint import load_head
+from iou_refiner.head.config import HeadConfig
+from iou_refiner.head.iou_head import IoUHead
+from iou_refiner.progress import Progress, no_progress
+from iou_refiner.rescoring import dump_candidates, rescore
+from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
-from iou_refiner.training.recipe import train_head
+from iou_refiner.training.recipe import train
+from iou_refiner.training.settings import TrainSettings
 
-#: Told of (phase, done, total).
-Progress = Callable[[str, int, int], None]
-
-_DETECTOR_ALONE: Mapping[str, Any] = {
-    "nms": "greedy", "nms_threshold": 0.5, "moves": 0, "steps": 0, "score_alpha": 0.0,
-}  # fmt: skip
-#: What the stage is asked to do, and the settings that do just that.
-STAGES: Mapping[str, Mapping[str, Any]] = {
-    "IoU-guided NMS": {**_DETECTOR_ALONE, "nms": "iou", "rank_alpha": 0.75},
-    "regression": {**_DETECTOR_ALONE, "moves": 1},
-    "ascent": {**_DETECTOR_ALONE, "steps": 5},
-    "the default": {},
+_DETECTOR_ONLY = StageSettings.detector_only()
+#: What the stage does in each comparison, and nothing else; None is what the head recommends, here the defaults.
+STAGES: Mapping[str, StageSettings | None] = {
+    "IoU-guided NMS": _DETECTOR_ONLY.replace(nms="iou_guided", rank_alpha=0.75),
+    "regression": _DETECTOR_ONLY.replace(regression_steps=1, final_nms="greedy"),
+    "ascent": _DETECTOR_ONLY.replace(ascent_steps=5, final_nms="greedy"),
+    "the default": None,
 }
-# A smaller head than the default, fed few boxes of many images: it has half a minute, and a dozen backgrounds to learn
-# by heart if it is let. Settings of the predictor, and of its training.
-_HEAD: Mapping[str, Any] = {"width": 32, "hidden": (128, 128)}
-_TRAINING: Mapping[str, Any] = {"batch_size": 4, "boxes_per_image": 48, "lr": 3e-3}
-_SHOWN = ("AP", "AP50", "AP75", "AP90")
+# A smaller head than the default, trained on few boxes of many images: it has half a minute, and only a dozen
+# backgrounds, which it would soon overfit to.
+_HEAD = HeadConfig(width=32, hidden=(128, 128))
+_TRAINING = TrainSettings(views=1, batch_size=4, boxes_per_image=48, lr=3e-3)
 _WEIGHTS = "detector.safetensors"
 # A fixed number, since the order of sums, and with it the last bit of every weight, depends on it. One, since so small
 # a network gains little from a second thread, and loses much when that thread has to wait for its core.
@@ -68,56 +69,8 @@ class Budget:
     head_epochs: int = 3
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo measured on images that neither detector nor head had seen.
-
-    Args:
-        comparisons: per name in :data:`STAGES`, the detector alone (before) and with it (after).
-        class_score: how well the class score of a candidate follows its true IoU.
-        predicted_iou: how well the predicted IoU does.
-    """
-
-    comparisons: Mapping[str, Comparison]
-    class_score: Ranking
-    predicted_iou: Ranking
-
-    @property
-    def about(self) -> str:
-        """What the data is, and how well score and predicted IoU follow the true IoU."""
-        images = self.comparisons["the default"].before.images
-        return (
-            f"Data: {WHAT_IT_IS}. {images:,} test images.\n"
-            f"Correlation with the true IoU, over the {self.predicted_iou.count:,} candidates above IoU 0.5: "
-            f"class score {self.class_score.pearson:.2f}, predicted IoU {self.predicted_iou.pearson:.2f}."
-        )
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        """The names of the columns of :meth:`rows`."""
-        return ("", "with", "before", "after", "difference", "95 % interval")
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """One row per metric and stage, in points; the metric is named in the first of its rows."""
-        found = {name: {row[0]: row[1:] for row in c.rows()} for name, c in self.comparisons.items()}
-        return [
-            (metric if index == 0 else "", name, *rows[metric])
-            for metric in _SHOWN
-            for index, (name, rows) in enumerate(found.items())
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for json, fractions in [0, 1]."""
-        return {
-            "data": WHAT_IT_IS,
-            "comparisons": {name: comparison.to_dict() for name, comparison in self.comparisons.items()},
-            "class_score": self.class_score.to_dict(),
-            "predicted_iou": self.predicted_iou.to_dict(),
-        }
-
-
 def run_demo(
-    folder: str | Path, *, seed: int = 0, progress: Progress | None = None, budget: Budget | None = None
+    folder: str | Path, *, seed: int = 0, progress: Progress = no_progress, budget: Budget | None = None
 ) -> DemoResult:
     """Draw images, train a detector and its IoU head, and measure what the head changes.
 
@@ -128,7 +81,7 @@ def run_demo(
     Args:
         folder: new, empty, or of an earlier demo, which is replaced.
         seed: of everything random.
-        progress: called with (phase, done, total).
+        progress: see :class:`Progress`.
         budget: default: about two minutes on two cores.
 
     Returns:
@@ -138,28 +91,24 @@ def run_demo(
         DataError: the folder holds something else. MissingPackageError: a package of the extra ``demo`` is missing.
     """
     folder, budget = Path(folder), budget or Budget()
-    say = progress or (lambda phase, done, total: None)
     _claim(folder)
     with _undisturbed():
         counts = {"train": budget.train_images, "head": budget.head_images, "test": budget.test_images}
 
         def draw(split: str) -> GroundTruth:
-            return write_split(
-                folder / "data", split, counts[split], seed=seed, progress=partial(say, f"drawing {split}")
-            )
+            return write_split(folder / "data", split, counts[split], seed=seed, progress=progress)
 
         truths = {"train": draw("train")}
         with ThreadPoolExecutor(1) as beside:  # what is needed later is drawn while the detector trains
             later = {split: beside.submit(draw, split) for split in ("head", "test")}
             detector = train_detector(
-                folder / "data", truths["train"], steps=budget.detector_steps, seed=seed,
-                progress=partial(say, "training the detector"),
-            )  # fmt: skip
+                folder / "data", truths["train"], steps=budget.detector_steps, seed=seed, progress=progress
+            )
             truths |= {split: drawing.result() for split, drawing in later.items()}
         save_detector(detector, folder / _WEIGHTS)
         adapter = load_detector(folder)
-        head = _train_head(folder, adapter, truths["head"], budget.head_epochs, seed, say)
-        return _judge(folder, adapter, head, truths["test"], seed, say)
+        head = _train_head(folder, adapter, truths["head"], budget.head_epochs, seed, progress)
+        return _measure(folder, adapter, head, truths["test"], seed, progress)
 
 
 def load_detector(folder: str | Path) -> Adapter:
@@ -222,41 +171,42 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _train_head(
-    folder: Path, adapter: Adapter, truth: GroundTruth, epochs: int, seed: int, say: Progress
-) -> IoUPredictor:
+    folder: Path, adapter: Adapter, truth: GroundTruth, epochs: int, seed: int, progress: Progress
+) -> IoUHead:
     """On images of their own: on those the detector was trained on, its candidates fit better than they will later."""
     with tempfile.TemporaryDirectory(prefix="training-", dir=folder) as work:
-        train_head(
-            adapter, (truth, folder / "data"), output_dir=Path(work), views=1, seed=seed, epochs=epochs,
-            head=_HEAD, **_TRAINING, note=lambda text: None,
-            progress=lambda phase, *count: say(f"{phase} the head", *count),
+        train(
+            adapter, (truth, folder / "data"), output_dir=Path(work), config=_HEAD,
+            settings=replace(_TRAINING, epochs=epochs), seed=seed, note=lambda text: None,
+            progress=lambda phase, done, total: progress(f"{phase} the head", done, total),
         )  # fmt: skip
         os.replace(Path(work) / "head.safetensors", folder / "head.safetensors")
-    return IoUPredictor.load(folder / "head.safetensors")
+    return load_head(folder / "head.safetensors")
 
 
-def _judge(
-    folder: Path, adapter: Adapter, head: IoUPredictor, truth: GroundTruth, seed: int, say: Progress
+def _measure(
+    folder: Path, adapter: Adapter, head: IoUHead, truth: GroundTruth, seed: int, progress: Progress
 ) -> DemoResult:
     """Measure on the files as they are written, so that the commands in README.txt say the same."""
-    look = _remembering(partial(extract_image, adapter, folder / "data"))
-    candidates = _stored(folder / "candidates.json", truth, dump_candidates(look, adapter.category_ids, truth))
-    every = {**_DETECTOR_ALONE, "nms": "none", "max_detections": max(len(candidates), 1)}
-    found = {}
-    for number, (name, settings) in enumerate([("", _DETECTOR_ALONE), ("all", every), *STAGES.items()]):
-        say("judging", number, len(STAGES) + 2)
-        parts = rescore(look, adapter.category_ids, Stage(head, **settings), candidates, truth)
-        found[name] = Results.concat(parts)
-    before = _stored(folder / "before.json", truth, [found[""]])
-    found["the default"] = _stored(folder / "after.json", truth, [found["the default"]])
-    comparisons = {name: compare(before, found[name], truth, seed=seed) for name in STAGES}
-    known = found["all"]
-    fit = true_iou(known, truth)
-    predicted = known.iou if known.iou is not None else fit[:0]
-    result = DemoResult(comparisons, ranking(known.score, fit), ranking(predicted, fit))
-    save_picture(folder / "before_after.png", folder / "data", truth, before, found["the default"], WHAT_IT_IS)
+    source = _memoized(feature_source(adapter, folder / "data"))
+    candidates = _stored(folder / "candidates.json", truth, dump_candidates(source, adapter.category_ids, truth))
+    unsuppressed = _DETECTOR_ONLY.replace(nms="none", max_detections=max(len(candidates), 1))
+    runs = {"detector": _DETECTOR_ONLY, "candidates": unsuppressed, **STAGES}
+    results = {}
+    for number, (name, settings) in enumerate(runs.items()):
+        progress("measuring", number, len(runs))
+        parts = rescore(source, adapter.category_ids, Stage(head, settings), candidates, truth)
+        results[name] = Results.concat(parts)
+    before = _stored(folder / "before.json", truth, [results["detector"]])
+    after = results["the default"] = _stored(folder / "after.json", truth, [results["the default"]])
+    comparisons = {name: compare(before, results[name], truth, seed=seed) for name in STAGES}
+    everything = results["candidates"]
+    truth_iou = true_iou(everything, truth)
+    predicted = everything.iou if everything.iou is not None else truth_iou[:0]
+    result = DemoResult(comparisons, agreement(everything.score, truth_iou), agreement(predicted, truth_iou))
+    save_picture(folder / "before_after.png", folder / "data", truth, before, after, WHAT_IT_IS)
     _write(folder / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
-    say("judging", len(STAGES) + 2, len(STAGES) + 2)
+    progress("measuring", len(runs), len(runs))
     return result
 
 
@@ -265,13 +215,13 @@ def _stored(path: Path, truth: GroundTruth, parts: Any) -> Results:
     return read_results(path)
 
 
-def _remembering(look: Look) -> Look:
-    """The same, asking the detector once per image."""
-    seen: dict[int, Extraction] = {}
+def _memoized(source: FeatureSource) -> FeatureSource:
+    """The same, running the detector once per image."""
+    extractions: dict[int, Extraction] = {}
 
-    def recall(image: Image) -> Extraction:
-        if image.id not in seen:
-            seen[image.id] = look(image)
-        return seen[image.id]
+    def remembered(image: Image) -> Extraction:
+        if image.id not in extractions:
+            extractions[image.id] = source(image)
+        return extractions[image.id]
 
-    return recall
+    return remembered

@@ -1,55 +1,116 @@
-"""The contract between a detector framework and the core."""
+"""The contract between a detector framework and the core: one base class with defaults."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from iou_refiner.structures import Detections, FeatureMaps, Frame
+from iou_refiner.detector.fingerprint import fingerprint
+from iou_refiner.structures import Detections, FeatureMaps, ImageTransform
 
 #: What stands in the place of a detector's suppression: features and candidates in, detections out, image by image.
 Suppression = Callable[[FeatureMaps, list[Detections]], list[Detections]]
 
+#: The category ids of COCO's 80 classes in the order in which detectors number them: 1 to 90 with ten gaps.
+COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 
-class Adapter(Protocol):
-    """What the core needs of a detector framework.
 
-    Two more methods are optional. ``twin(stage)`` gives an object of the framework's own class whose suppression is
-    ``stage``, where a detector is a live object. ``answer(*args)`` is the detector's own call with the arguments of
-    :meth:`run`, where that is not ``detector(*args)``.
+A = TypeVar("A", bound="Adapter")
+
+
+class Adapter(ABC):
+    """A detector of some framework, as the core sees it.
+
+    A subclass says how an image becomes the detector's input (:meth:`prepare`), how the detector runs with another
+    suppression (:meth:`twin`), and where its images lie in the network input (:meth:`transforms`). The rest has
+    defaults for a detector that is a torch module, called with a batch of images.
 
     Attributes:
+        detector: the framework's live detector, in inference mode; never modified.
         category_ids: dataset category id of each label, or None where labels are category ids already.
     """
 
-    category_ids: dict[int, int] | None
+    detector: Any
+    category_ids: dict[int, int] | None = None
+
+    @abstractmethod
+    def prepare(self, rgb: np.ndarray) -> tuple[Any, ImageTransform]:
+        """An RGB image (H, W, 3) uint8 as the detector takes it, and the transform from the one to the other."""
+
+    @abstractmethod
+    def twin(self, suppression: Suppression) -> Any:
+        """A detector of the same class that shares every weight, with ``suppression`` in place of its own.
+
+        Its results have ``ious`` where the suppression gives them.
+        """
+
+    @abstractmethod
+    def transforms(self, images: Any, features: FeatureMaps) -> list[ImageTransform]:
+        """For each image of a batch, the transform from the detector's input, in whose pixels results are given, to the
+        network input, whose maps are ``features``."""
+
+    @abstractmethod
+    def settings(self) -> str:
+        """What beside the weights decides an extraction: how images are prepared, which boxes are candidates."""
 
     @property
-    def detector(self) -> Any:
-        """The framework's live detector, in inference mode; never modified."""
+    def name(self) -> str:
+        """What to call the detector in a message: the class of the live object."""
+        return type(self.detector).__name__
 
     @property
     def device(self) -> torch.device:
         """Where the features come out."""
+        device: torch.device = next(self.detector.parameters()).device
+        return device
 
-    def to(self, device: torch.device | str) -> Adapter:
+    @property
+    def training(self) -> bool:
+        """Whether the detector is in training mode, in which it has no detections to refine."""
+        training: bool = self.detector.training
+        return training
+
+    def to(self: A, device: torch.device | str) -> A:
         """Move the detector; returns itself."""
+        self.detector.to(device)
+        return self
 
     def fingerprint(self) -> str:
         """Hash of the detector's weights and buffers: what a head belongs to."""
+        return fingerprint(self.detector)
 
-    def settings(self) -> str:
-        """What beside the weights decides an extraction: how images are prepared, which candidates pass."""
+    def detect(self, *args: Any, **kwargs: Any) -> Any:
+        """The detector's own call, with its own suppression."""
+        return self.detector(*args, **kwargs)
 
-    def prepare(self, rgb: np.ndarray) -> tuple[Any, Frame]:
-        """An RGB image (H, W, 3) uint8 as the detector takes it, and the frame from the one to the other."""
+    def run(self, suppression: Suppression, *args: Any, **kwargs: Any) -> Any:
+        """The detector's own call with its suppression replaced: its own result type, plus ``ious``."""
+        with torch.no_grad():
+            return self.twin(suppression)(*args, **kwargs)
 
-    def extract(self, images: Any) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
+    def extract(self, images: Any) -> tuple[FeatureMaps, list[Detections], list[ImageTransform]]:
         """From a batch as the detector takes it: feature maps, candidates **before** suppression (one row per box and
-        class, network frame), and per image the frame from the detector's input to the network input."""
+        class, network pixels), and :meth:`transforms`."""
+        recorder = Recorder()
+        self.run(recorder, images)
+        return recorder.features, recorder.candidates, self.transforms(images, recorder.features)
 
-    def run(self, stage: Suppression, *args: Any, **kwargs: Any) -> Any:
-        """The detector's own call with its suppression replaced by ``stage``: its own result type, plus ``ious``."""
+
+class Recorder:
+    """A suppression that remembers what it was given, and keeps no box, so that the detector has little left to do.
+
+    Attributes:
+        features, candidates: of the last call.
+    """
+
+    features: FeatureMaps
+    candidates: list[Detections]
+
+    def __call__(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        """Remember; detections of no boxes."""
+        self.features, self.candidates = features, candidates
+        return [detections[:0] for detections in candidates]

@@ -12,24 +12,24 @@ from iou_refiner.checks import DataError, require
 from iou_refiner.coco import Image
 from iou_refiner.detector.adapter import Adapter
 from iou_refiner.detector.views import View
-from iou_refiner.structures import Detections, FeatureMaps, Frame
+from iou_refiner.structures import Detections, FeatureMaps, ImageTransform
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """What a frozen detector saw in one image.
+    """The feature maps and candidates that a frozen detector has for one image.
 
     Attributes:
         image_id: of the data set.
         features: one image of feature maps.
-        candidates: boxes before suppression, network frame.
-        frame: from the image file (or the view of it) to the network input.
+        candidates: boxes before suppression, network pixels.
+        transform: from the image file (or the view of it) to the network input.
     """
 
     image_id: int
     features: FeatureMaps
     candidates: Detections
-    frame: Frame
+    transform: ImageTransform
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes on disk with features of ``dtype``."""
@@ -62,7 +62,7 @@ def open_image(folder: str | Path, image: Image) -> np.ndarray:
 
 def extract_image(adapter: Adapter, folder: str | Path, image: Image, *, view: int = 0) -> Extraction:
     """Run the detector on one image of a data set, or on another :class:`View` of it."""
-    seen = View.of(image.id, (image.height, image.width), view)
-    prepared, to_input = adapter.prepare(seen.pixels(open_image(folder, image)))
+    window = View.of(image.id, (image.height, image.width), view)
+    prepared, to_input = adapter.prepare(window.pixels(open_image(folder, image)))
     features, (candidates,), (to_network,) = adapter.extract([prepared])
     return Extraction(image.id, features, candidates, to_input.then(to_network))

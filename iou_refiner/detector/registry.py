@@ -26,15 +26,14 @@ def installed_adapters() -> dict[str, EntryPoint]:
 def as_adapter(detector: Any) -> Adapter:
     """The adapter of a live detector, found by the framework its class comes from.
 
-    An entry point is named after the root package of the framework whose detectors it takes. Something that has the
-    methods of :class:`Adapter` is one already.
+    An entry point is named after the root package of the framework whose detectors it takes. An :class:`Adapter` is
+    returned as it is.
 
     Raises:
         TypeError: the framework has no adapter.
     """
-    if hasattr(detector, "extract") and hasattr(detector, "run"):
-        adapter: Adapter = detector
-        return adapter
+    if isinstance(detector, Adapter):
+        return detector
     roots = {kind.__module__.partition(".")[0] for kind in type(detector).__mro__}
     known = installed_adapters()
     for name in known:
@@ -43,13 +42,8 @@ def as_adapter(detector: Any) -> Adapter:
             return wrap(detector)
     raise TypeError(
         f"No adapter for a detector of type {type(detector).__module__}.{type(detector).__qualname__}. Installed: "
-        f"{', '.join(known) or 'none'}. Bring your own: see iou_refiner.adapters.custom.OwnAdapter."
+        f"{', '.join(known) or 'none'}. For a detector of your own see iou_refiner.adapters.custom.CustomAdapter."
     )
-
-
-def detector_name(adapter: Adapter) -> str:
-    """What to call a detector in a message: the class of the live object."""
-    return type(adapter.detector).__name__
 
 
 def detector_from_spec(spec: str) -> Adapter:
@@ -69,13 +63,13 @@ def detector_from_spec(spec: str) -> Adapter:
     kind, _, name = spec.partition(":")
     if kind in known and name:
         return _named(known[kind], name, spec)
-    found = _FUNCTION.fullmatch(spec)
-    if not found:
+    parts = _FUNCTION.fullmatch(spec)
+    if not parts:
         raise DataError(
             f"--detector {spec!r} is not of the form adapter:name, package.module:function[:argument] or "
             f"file.py:function[:argument]. Installed adapters: {', '.join(known)}."
         )
-    where, name, argument = found.groups()
+    where, name, argument = parts.groups()
     module = _module(where, spec)
     make = getattr(module, name, None)
     if not callable(make):
@@ -118,10 +112,10 @@ def _module_of_file(path: Path, spec: str) -> Any:
     if not path.exists():
         raise DataError(f"--detector {spec!r}: no file {path}.")
     # Under a name of its own, or a file called torch.py would hide torch.
-    found = importlib.util.spec_from_file_location(f"detector_in_{path.stem}", path)
-    if found is None or found.loader is None:
+    file = importlib.util.spec_from_file_location(f"detector_in_{path.stem}", path)
+    if file is None or file.loader is None:
         raise DataError(f"--detector {spec!r}: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # where dataclasses and pickle look for it
-    found.loader.exec_module(module)
+    module = importlib.util.module_from_spec(file)
+    sys.modules[file.name] = module  # where dataclasses and pickle look for it
+    file.loader.exec_module(module)
     return module

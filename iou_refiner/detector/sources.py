@@ -1,10 +1,15 @@
-"""Where features come from: the live detector, or a cache of what it once gave."""
+"""Where features and candidates come from: the live detector, or a cache on disk.
+
+The features of a frozen detector never change: from a cache, training reads them over many epochs at the price of one
+pass.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +21,17 @@ from iou_refiner.coco import Image
 from iou_refiner.detector.adapter import Adapter
 from iou_refiner.detector.features import Extraction, extract_image
 from iou_refiner.files import write_whole
-from iou_refiner.structures import Detections, FeatureMaps, Frame
+from iou_refiner.structures import Detections, FeatureMaps, ImageTransform
+
+#: Gives the features and candidates of an image of a data set.
+FeatureSource = Callable[[Image], Extraction]
+
+
+def feature_source(adapter: Adapter, folder: str | Path, cache: str | Path | None = None) -> FeatureSource:
+    """The features of the images in ``folder``: from the live detector, or through the cache if one is named."""
+    if cache is None:
+        return partial(extract_image, adapter, folder)
+    return partial(FeatureCache(cache, adapter).get, folder)
 
 
 class FeatureCache:
@@ -39,9 +54,9 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         label = self.folder / "cache.json"
         if label.exists():
-            found = json.loads(label.read_text())
-            if found != identity:
-                differs = ", ".join(key for key in identity if found.get(key) != identity[key])
+            existing = json.loads(label.read_text())
+            if existing != identity:
+                differs = ", ".join(key for key in identity if existing.get(key) != identity[key])
                 raise DataError(
                     f"{self.folder} is a feature cache made with another {differs}. Name another folder, or remove it."
                 )
@@ -67,7 +82,7 @@ class FeatureCache:
             yield extraction
 
     def get(self, folder: str | Path, image: Image) -> Extraction:
-        """What the detector sees in an image, from the cache, or from the detector into the cache."""
+        """The extraction of an image, from the cache, or from the detector into the cache."""
         for _ in self.fill(folder, [image]):
             pass
         return self.load(image.id)
@@ -87,24 +102,23 @@ class FeatureCache:
             raise DataError(f"Image {image_id} cannot be read from the feature cache ({error}).") from None
         levels = tuple(tensors[f"level{index}"].float() for index in range(len(about["strides"])))
         features = FeatureMaps(levels, tuple(about["strides"]), (tuple(about["network_size"]),))
-        frame = Frame(tuple(about["image_size"]), tuple(about["scale"]), tuple(about["offset"]))
-        return Extraction(
-            image_id, features, Detections(tensors["boxes"], tensors["scores"], tensors["labels"].long()), frame
-        )
+        candidates = Detections(tensors["boxes"], tensors["scores"], tensors["labels"].long())
+        transform = ImageTransform(tuple(about["image_size"]), tuple(about["scale"]), tuple(about["offset"]))
+        return Extraction(image_id, features, candidates, transform)
 
     def _path(self, image_id: int, view: int) -> Path:
         return self.folder / (f"{image_id}-{view}.safetensors" if view else f"{image_id}.safetensors")
 
     def _write(self, extraction: Extraction, view: int) -> None:
-        found, frame = extraction.candidates, extraction.frame
+        candidates, transform = extraction.candidates, extraction.transform
         tensors = {f"level{i}": level.to(self.dtype) for i, level in enumerate(extraction.features.levels)}
-        tensors |= {"boxes": found.boxes, "scores": found.scores, "labels": found.labels.int()}
+        tensors |= {"boxes": candidates.boxes, "scores": candidates.scores, "labels": candidates.labels.int()}
         about = {
             "strides": extraction.features.strides,
             "network_size": extraction.features.image_sizes[0],
-            "image_size": frame.image_size,
-            "scale": frame.scale,
-            "offset": frame.offset,
+            "image_size": transform.image_size,
+            "scale": transform.scale,
+            "offset": transform.offset,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(

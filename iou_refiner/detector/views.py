@@ -1,8 +1,8 @@
 """Views of an image to train on: the image itself, its mirror image, then windows of it at random places.
 
-A frozen detector's features of one image are always the same, and a head soon knows them by heart. What the detector
-sees in another window of the image it sees at another scale, at other cells and among other context: on few images
-this is what keeps the head learning. A view is a function of image and number alone, so that what is cached is known.
+A frozen detector's features of one image are always the same, and a head soon overfits to them. Another window of the
+image shows the same objects at another scale, at other cells and in other context: on few images this is what keeps the
+head learning. A view is a function of image and number alone, so that a cache knows what it holds.
 """
 
 from __future__ import annotations

@@ -130,19 +130,19 @@ def _refuse(name: str, table: Results | GroundTruth, column: str, wrong: NDArray
 
 def match(results: Results, ground_truth: GroundTruth, max_dets: int) -> COCOeval:
     """Match checked detections to objects, and accumulate: an evaluator with ``evalImgs`` and ``eval``."""
-    truth, found = COCO(), COCO()
-    truth.dataset = ground_truth.to_coco_dict()
+    gt, dt = COCO(), COCO()
+    gt.dataset = ground_truth.to_coco_dict()
     columns = (results.image_id, results.category_id, results.bbox, results.score)
     annotations = [
         {"id": n, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "score": score}
         for n, (image, category, box, score) in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1)
     ]
     # loadRes of pycocotools would do this too, but fails on an empty list.
-    found.dataset = {**truth.dataset, "annotations": annotations}
+    dt.dataset = {**gt.dataset, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found.createIndex()
-        evaluator = COCOeval(truth, found, "bbox")
+        gt.createIndex()
+        dt.createIndex()
+        evaluator = COCOeval(gt, dt, "bbox")
         evaluator.params.maxDets = [max_dets]
         evaluator.evaluate()
         evaluator.accumulate()

@@ -114,32 +114,32 @@ class Curve:
 
     Args:
         image: (D,) which image, by index, each detection lies in.
-        hit: (T, D) bool, detection found an object at IoU threshold ``t``.
+        hit: (T, D) bool, detection is matched with an object at IoU threshold ``t``.
         counted: (T, D) bool, detection is a hit or a false alarm at threshold ``t``, not ignored.
-        objects: (I,) number of objects to be found in each image.
+        num_gt: (I,) number of objects in each image.
     """
 
     image: IntArray
     hit: NDArray[np.bool_]
     counted: NDArray[np.bool_]
-    objects: IntArray
+    num_gt: IntArray
 
     @classmethod
     def from_matches(cls, matches: Sequence[dict[str, Any] | None], thresholds: int) -> Curve:
         """The curve of one entry per image of ``COCOeval.evalImgs``; an image without anything has None."""
         present = [(index, entry) for index, entry in enumerate(matches) if entry is not None]
-        objects = np.zeros(len(matches), np.int64)
+        num_gt = np.zeros(len(matches), np.int64)
         for index, entry in present:
-            objects[index] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
+            num_gt[index] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
         if not present:
             nothing = np.zeros((thresholds, 0), bool)
-            return cls(np.zeros(0, np.int64), nothing, nothing, objects)
+            return cls(np.zeros(0, np.int64), nothing, nothing, num_gt)
         image = np.repeat([index for index, _ in present], [len(entry["dtScores"]) for _, entry in present])
         scores = np.concatenate([entry["dtScores"] for _, entry in present])
         order = np.argsort(-scores, kind="stable")  # ties stay in image order, as in pycocotools
         matched = np.concatenate([entry["dtMatches"] for _, entry in present], axis=1)[:, order] != 0
         counted = np.concatenate([entry["dtIgnore"] for _, entry in present], axis=1)[:, order] == 0
-        return cls(image[order], matched & counted, counted, objects)
+        return cls(image[order], matched & counted, counted, num_gt)
 
 
 def curves(evaluator: COCOeval) -> list[list[Curve]]:
@@ -163,26 +163,26 @@ def _running(weights: IntArray, image: IntArray, members: IntArray, at: IntArray
 
 def _weighted_curve(curve: Curve, weights: IntArray) -> tuple[FloatArray, FloatArray]:
     """AP and final recall, each (B, T), of one curve under (B, I) image multiplicities; NaN where no object is left."""
-    objects = weights @ curve.objects
+    num_gt = weights @ curve.num_gt
     precision = np.zeros((len(weights), len(curve.hit)))
     recall = np.zeros_like(precision)
     # Hardly any detection is ignored at some thresholds only: what all thresholds count is summed once for all.
     always = curve.counted.all(0)
-    anchors = np.flatnonzero(curve.hit.any(0))
-    shared = _running(weights, curve.image, np.flatnonzero(always), anchors)
+    positions = np.flatnonzero(curve.hit.any(0))
+    shared = _running(weights, curve.image, np.flatnonzero(always), positions)
     for t, (hit, counted) in enumerate(zip(curve.hit, curve.counted, strict=True)):
         at = np.flatnonzero(hit)
         if not len(at):
             continue
         hits = _running(weights, curve.image, at, at)
         alone = _running(weights, curve.image, np.flatnonzero(counted & ~always), at)
-        seen = shared[:, np.searchsorted(anchors, at)] + alone
+        seen = shared[:, np.searchsorted(positions, at)] + alone
         envelope = np.maximum.accumulate((hits / np.maximum(seen, 1))[:, ::-1], axis=1)[:, ::-1]
-        reached = hits / np.maximum(objects, 1)[:, None]
+        reached = hits / np.maximum(num_gt, 1)[:, None]
         levels = np.searchsorted(_RECALLS, reached, side="right")  # recall levels passed so far
         precision[:, t] = (envelope * np.diff(levels, axis=1, prepend=0)).sum(1) / len(_RECALLS)
         recall[:, t] = reached[:, -1]
-    precision[objects == 0] = recall[objects == 0] = np.nan
+    precision[num_gt == 0] = recall[num_gt == 0] = np.nan
     return precision, recall
 
 

@@ -1,4 +1,4 @@
-"""What the head makes of a box's pooled features, before any output."""
+"""The trunk of the head: from the pooled features of a box to its embedding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Trunk(nn.Module):
-    """Mix the levels and channels of each bin, then look at all bins at once.
+    """Mix the levels and channels of each bin, then combine all bins.
 
     Without the mixing, fully connected layers see every channel of every level in every bin, and the first of them
     costs more than all the rest of the head. Mixed to a few channels first, the same boxes take two thirds of the time;
-    what that costs in accuracy is in docs/accuracy.md, question 4.
+    what that costs in accuracy is in docs/accuracy.md, ablation 4.
 
     Args:
         levels, bins, channels: of the pooled features.
@@ -46,5 +46,5 @@ class Trunk(nn.Module):
             for rows, weight in zip(pooled.flatten(1, 2), self.mix.weight.chunk(levels, 1), strict=True):
                 mixed = torch.addmm(mixed, rows, weight.t())
             flat = mixed.relu_().view(boxes, bins * self.mix.out_features)
-        read: Tensor = self.layers(flat)
-        return read
+        embedding: Tensor = self.layers(flat)
+        return embedding

@@ -4,18 +4,11 @@ The only module that imports CuPy, and only inside functions: without CuPy, or w
 costs nothing and :func:`is_available` says False. Memory comes from torch, nothing waits for the device, and once a
 variant has been compiled (by its first call) its launches can be captured in a CUDA graph.
 
-:func:`forward`, :func:`backward_boxes` and :func:`backward_table` share their arguments with the portable path of
-:mod:`iou_refiner.pooling.functional`:
-
-- ``table`` (rows, C), channels-last features of all maps, float32, float16 or bfloat16, contiguous;
-- ``sizes`` (M, 2) int32, ``offsets`` (M,) int64, ``strides`` (M,) float32: height and width, first row, and pixels per
-  cell of each map;
-- ``boxes`` (R, 4) float xyxy in pixels of the network input, taken as float32; ``map_index`` (R,) int32;
-- ``shift``: cell coordinates are ``x / stride - shift``.
-
-An empty or inverted box pools to 0 with gradient 0. A box that is not finite, or of a map that does not exist, pools to
-NaN with gradient NaN, and touches no feature. All three raise TypeError or ValueError where a dtype, shape or device is
-not as stated, and RuntimeError where the kernels cannot run on the device of ``table``.
+:func:`forward`, :func:`backward_boxes` and :func:`backward_table` do what those of
+:mod:`iou_refiner.pooling.portable` do, in float32, from a table of float32, float16 or bfloat16. A box of a map that
+does not exist pools to NaN with gradient NaN: looking for one would stop the stream. All three raise TypeError or
+ValueError where a dtype, shape or device is not that of :class:`~iou_refiner.pooling.inputs.PoolInputs`, and
+RuntimeError where the kernels cannot run on the device of the table.
 """
 
 from __future__ import annotations
@@ -30,11 +23,12 @@ import torch
 from torch import Tensor
 
 from iou_refiner.checks import check_same_device
+from iou_refiner.pooling.inputs import PoolInputs
 
 _STORAGE = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 DTYPES = frozenset(_STORAGE)
 
-# Threads per block. The gradient to the table has a block per row, which should do with one pass over the channels.
+# Threads per block. The gradient to the table has a block for each row, which should need one pass over the channels.
 _THREADS, _TABLE_THREADS = 256, 64
 # The forward pass cuts boxes into slices until there are about this many blocks: a wave or more on the largest device.
 _ENOUGH_BLOCKS = 2048
@@ -62,7 +56,7 @@ class Variant:
 
 
 def source() -> str:
-    """The text of the kernels, from ``cuda`` beside this file (installed) or beside the package (a checkout)."""
+    """The text of the kernels, from the folder ``cuda`` in the package (installed) or beside it (a checkout)."""
     here = Path(__file__).resolve().parents[1]
     for folder in (here, here.parent):
         if (path := folder / "cuda" / "prroi_pool.cu").is_file():
@@ -71,7 +65,7 @@ def source() -> str:
 
 
 def lanes_of(channels: int, *tensors: Tensor) -> int:
-    """Channels per load: as many as 16 bytes hold where their number and every address allow it, else one."""
+    """Channels per load: as many as fit into 16 bytes if their number and every address allow it, else one."""
     lanes = _WIDEST_LOAD // tensors[0].element_size()
     aligned = all(tensor.data_ptr() % _WIDEST_LOAD == 0 for tensor in tensors)
     return lanes if channels % lanes == 0 and aligned else 1
@@ -102,60 +96,54 @@ def is_available(device: torch.device) -> bool:
     return device.type == "cuda" and not why_unavailable()
 
 
-def forward(
-    table: Tensor, sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor,
-    output_size: int, shift: float,
-) -> Tensor:  # fmt: skip
+def forward(inputs: PoolInputs, output_size: int) -> Tensor:
     """Pool boxes to (R, output_size, output_size, C) in the dtype of the table."""
-    maps, where = _pack(table, sizes, offsets, strides, boxes, map_index)
-    output = table.new_empty(len(boxes), output_size, output_size, table.shape[1])
+    geometry = _geometry(inputs)
+    table, count = inputs.table, len(inputs.boxes)
+    output = table.new_empty(count, output_size, output_size, table.shape[1])
     if output.numel():
         variant, packs = _variant(output_size, table, output)
-        wanted, possible = -(-_ENOUGH_BLOCKS // len(boxes)), -(-(output_size**2) * int(packs) // _THREADS)
-        grid = (len(boxes), min(wanted, possible))
-        arguments = (table, np.int64(len(table)), packs, *maps, *where, np.float32(shift), output)
+        wanted, possible = -(-_ENOUGH_BLOCKS // count), -(-(output_size**2) * int(packs) // _THREADS)
+        grid = (count, min(wanted, possible))
+        arguments = (table, np.int64(len(table)), packs, *geometry, np.float32(inputs.shift), output)
         _launch("prroi_forward", variant, table.device, grid, _THREADS, arguments)
     return output
 
 
-def backward_boxes(
-    grad: Tensor, table: Tensor, sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor,
-    shift: float,
-) -> Tensor:  # fmt: skip
-    """Gradient to the boxes, (R, 4) in pixels, from ``grad`` (R, P, P, C); the same bits on every run."""
-    maps, where = _pack(table, sizes, offsets, strides, boxes, map_index, grad)
-    output = torch.zeros(len(boxes), 4, device=table.device)
+def backward_boxes(grad: Tensor, inputs: PoolInputs) -> Tensor:
+    """Gradient to the boxes (R, 4), per network pixel, from ``grad`` (R, P, P, C); the same bits on every run."""
+    geometry = _geometry(inputs, grad)
+    table, count = inputs.table, len(inputs.boxes)
+    output = torch.zeros(count, 4, device=table.device)
     if grad.numel():
         grad = grad.contiguous()
         variant, packs = _variant(grad.shape[1], table, grad)
-        arguments = (grad, table, np.int64(len(table)), packs, *maps, *where, np.float32(shift), output)
-        _launch("prroi_backward_boxes", variant, table.device, (len(boxes), 1), _THREADS, arguments)
-    return output.to(boxes.dtype)
+        arguments = (grad, table, np.int64(len(table)), packs, *geometry, np.float32(inputs.shift), output)
+        _launch("prroi_backward_boxes", variant, table.device, (count, 1), _THREADS, arguments)
+    return output.to(inputs.boxes.dtype)
 
 
-def backward_table(
-    grad: Tensor, table: Tensor, sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor,
-    shift: float,
-) -> Tensor:  # fmt: skip
-    """Gradient to the table, (rows, C) in its dtype, summed in float32, box after box: the same bits always."""
-    maps, where = _pack(table, sizes, offsets, strides, boxes, map_index, grad)
+def backward_table(grad: Tensor, inputs: PoolInputs) -> Tensor:
+    """Gradient to the table (rows, C) in its dtype, summed in float32, box after box: the same bits on every run."""
+    geometry = _geometry(inputs, grad)
+    table, count = inputs.table, np.int32(len(inputs.boxes))
     if not grad.numel():
         return torch.zeros_like(table)
     grad, output = grad.contiguous(), torch.empty_like(table)
     if len(table):
         variant, packs = _variant(grad.shape[1], grad, output)
         grid = (len(table), -(-int(packs) // _TABLE_THREADS))
-        count = np.int32(len(boxes))
-        arguments = (grad, np.int64(len(table)), packs, *maps, *where, count, np.float32(shift), output)
+        arguments = (grad, np.int64(len(table)), packs, *geometry, count, np.float32(inputs.shift), output)
         _launch("prroi_backward_table", variant, table.device, grid, _TABLE_THREADS, arguments)
     return output
 
 
-def _pack(
-    table: Tensor, sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor,
-    grad: Tensor | None = None,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
-    """Check every tensor, for the kernels see only addresses; return their arguments about maps and about boxes."""
+def _geometry(inputs: PoolInputs, grad: Tensor | None = None) -> tuple[Tensor | np.generic, ...]:
+    """The arguments of a kernel from the sizes of the maps to the index of the boxes.
+
+    Every tensor is checked first, for the kernels see only addresses.
+    """
+    table, sizes, offsets, strides, boxes, map_index, _ = inputs
     if table.dtype not in _STORAGE:
         raise TypeError(f"`table` must be float32, float16 or bfloat16, got {table.dtype}.")
     if table.ndim != 2 or not table.is_contiguous():
@@ -178,10 +166,8 @@ def _pack(
         if tuple(tensor.shape) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
         check_same_device(name, tensor, "table", table)
-    return (
-        (sizes.contiguous(), offsets.contiguous(), strides.contiguous(), np.int32(maps)),
-        (boxes.contiguous(), map_index.contiguous()),
-    )
+    of_maps = (sizes.contiguous(), offsets.contiguous(), strides.contiguous(), np.int32(maps))
+    return (*of_maps, boxes.contiguous(), map_index.contiguous())
 
 
 def _variant(output_size: int, *features: Tensor) -> tuple[Variant, np.int32]:
@@ -202,7 +188,7 @@ def _kernel(name: str, variant: Variant) -> Any:
 
 
 class _TorchStream:
-    """Torch's current stream by the protocol CuPy 14 asks for, which older torch does not speak itself."""
+    """Torch's current stream, by the protocol that CuPy 14 asks for and older versions of torch lack."""
 
     def __init__(self, device: torch.device) -> None:
         self.pointer = torch.cuda.current_stream(device).cuda_stream

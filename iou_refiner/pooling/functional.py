@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from iou_refiner.checks import check_boxes, check_positive, check_same_device, check_vector
+from iou_refiner.pooling.inputs import PoolInputs
 from iou_refiner.pooling.operator import pool
-from iou_refiner.pooling.table import FeaturePyramid
+from iou_refiner.pooling.table import FeatureTable
 from iou_refiner.structures import FeatureMaps
 
 
 def prroi_pool(
-    features: FeaturePyramid | FeatureMaps,
+    features: FeatureTable | FeatureMaps,
     boxes: Tensor,
     *,
     image_index: Tensor | None = None,
@@ -43,8 +44,8 @@ def prroi_pool(
     """Pool boxes to ``output_size x output_size`` bins, each the exact mean of the interpolated features (eq. 3).
 
     Args:
-        features: a prepared pyramid, or feature maps of equal channels (then it is prepared on the spot).
-        boxes: (R, 4) float xyxy, pixels of the network input. Gradients flow to them, and to the features.
+        features: a prepared table, or feature maps of equal channels (then it is prepared on the spot).
+        boxes: (R, 4) float xyxy in network pixels. Gradients flow to them, and to the features.
         image_index: (R,) integer, image of each box; default all 0.
         level: (R,) integer, level each box is pooled from; may be left out where there is one level.
         output_size: bins per side.
@@ -57,34 +58,27 @@ def prroi_pool(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree.
-        IndexError: an image or level outside the pyramid. The CUDA kernels pool such a box to NaN instead, since
+        IndexError: an image or level outside the table. The CUDA kernels pool such a box to NaN instead, since
             looking would stop the stream.
     """
-    pyramid = features if isinstance(features, FeaturePyramid) else FeaturePyramid.from_maps(features)
+    table = features if isinstance(features, FeatureTable) else FeatureTable.from_maps(features)
     check_boxes("boxes", boxes)
     check_positive("output_size", output_size)
-    check_same_device("boxes", boxes, "features", pyramid.table)
-    if level is None and pyramid.num_levels > 1:
-        raise ValueError(f"`level` must say from which of the {pyramid.num_levels} levels each box is pooled.")
+    check_same_device("boxes", boxes, "features", table.cells)
+    if level is None and table.num_levels > 1:
+        raise ValueError(f"`level` must say from which of the {table.num_levels} levels each box is pooled.")
     map_index = first = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for name, index, count, step in (
-        ("image_index", first if image_index is None else image_index, pyramid.num_images, pyramid.num_levels),
-        ("level", first if level is None else level, pyramid.num_levels, 1),
+        ("image_index", first if image_index is None else image_index, table.num_images, table.num_levels),
+        ("level", first if level is None else level, table.num_levels, 1),
     ):
         _check_index(name, index, boxes, count)
         # A negative index must not alias another map: it leaves the range for good.
-        map_index = map_index + torch.where((index >= 0) & (index < count), index.long() * step, len(pyramid.sizes))
-    pooled: Tensor = pool(
-        pyramid.table,
-        pyramid.sizes,
-        pyramid.offsets,
-        pyramid.strides,
-        boxes.float() if boxes.dtype.itemsize < 4 else boxes,  # geometry is never half precision
-        map_index.int(),
-        output_size,
-        0.5 if aligned else 0.0,
-        boxes.requires_grad and torch.is_grad_enabled(),
-    )[0]
+        map_index = map_index + torch.where((index >= 0) & (index < count), index.long() * step, len(table.sizes))
+    boxes = boxes.float() if boxes.dtype.itemsize < 4 else boxes  # geometry is never half precision
+    shift = 0.5 if aligned else 0.0
+    inputs = PoolInputs(table.cells, table.sizes, table.offsets, table.strides, boxes, map_index.int(), shift)
+    pooled: Tensor = pool(*inputs, output_size, boxes.requires_grad and torch.is_grad_enabled())[0]
     return pooled.permute(0, 3, 1, 2)
 
 

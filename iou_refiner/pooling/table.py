@@ -12,32 +12,32 @@ from iou_refiner.structures import FeatureMaps
 
 
 @dataclass(frozen=True, eq=False)
-class FeaturePyramid:
-    """All feature maps of a batch as one channels-last table: encode once, pool any boxes from it.
+class FeatureTable:
+    """All feature maps of a batch as one channels-last table: laid out once, any boxes can be pooled from it.
 
     Map ``image * num_levels + level`` of ``H x W`` cells is ``H * W`` consecutive rows of the table, row by row.
 
-    A float16 or bfloat16 table, from maps of that type, takes half the memory, and the CUDA kernels read it as it is,
-    computing in float32. What it rounds, on random features, the result in its type: 2.9e-4 and 2.3e-3 of
-    the values (root mean square), 2.9e-4 and 3.4e-3 of the largest gradient to a box. On the CPU it saves memory only:
-    the rows under the boxes are widened at every call, which takes 1.4 to 1.8 times as long as a float32 table.
+    From float16 or bfloat16 maps comes a table of their type, of half the memory. The CUDA kernels read it as it is and
+    compute in float32. On random features this rounds the pooled values by 2.9e-4 and 2.3e-3 of their size (root mean
+    square), the gradient to the boxes by 2.9e-4 and 3.4e-3 of the largest. On the CPU it only saves memory: the rows
+    under the boxes are widened at every call, and a call takes 1.4 to 1.8 times as long as with a float32 table.
 
     Args:
-        table: (rows, C) features, contiguous.
+        cells: (rows, C) features, contiguous.
         sizes: (M, 2) int32, height and width of each map, M = images * levels.
         offsets: (M,) int64, first row of each map.
-        strides: (M,) float32, pixels of the network input per cell.
+        strides: (M,) float32, network pixels per cell of each map.
         num_levels: levels per image.
     """
 
-    table: Tensor
+    cells: Tensor
     sizes: Tensor
     offsets: Tensor
     strides: Tensor
     num_levels: int
 
     @classmethod
-    def from_maps(cls, features: FeatureMaps, narrow: Sequence[tuple[Tensor, Tensor]] = ()) -> FeaturePyramid:
+    def from_maps(cls, features: FeatureMaps, narrow: Sequence[tuple[Tensor, Tensor]] = ()) -> FeatureTable:
         """Lay out feature maps as a table, differentiably: one copy, and none of one level in channels-last memory.
 
         Args:
@@ -50,8 +50,8 @@ class FeaturePyramid:
         """
         if not narrow and len(set(features.channels)) != 1:
             raise ValueError(
-                f"A pyramid needs the same channels on every level, got {features.channels}. "
-                "Project the levels to one width first, as IoUPredictor.encode does."
+                f"A table needs the same channels on every level, got {features.channels}. "
+                "Project the levels to one width first, as IoUHead.encode does."
             )
         grad, device = torch.is_grad_enabled(), features.device
         # Tensors made in inference mode could never take part in an ascent, which runs outside of it.
@@ -65,18 +65,23 @@ class FeaturePyramid:
             return cls(table, sizes.to(device), offsets.to(device), strides.to(device), len(features.strides))
 
     @classmethod
-    def concat(cls, parts: Sequence[FeaturePyramid]) -> FeaturePyramid:
-        """The images of several pyramids in one. Their maps may differ in size: each keeps its own."""
+    def concat(cls, parts: Sequence[FeatureTable]) -> FeatureTable:
+        """The images of several tables in one. Their maps may differ in size: each keeps its own."""
         if len({part.num_levels for part in parts}) != 1:
-            raise ValueError(f"Pyramids must have equally many levels, got {[part.num_levels for part in parts]}.")
-        rows = torch.tensor([0, *(len(part.table) for part in parts[:-1])]).cumsum(0).tolist()
+            raise ValueError(f"Tables must have equally many levels, got {[part.num_levels for part in parts]}.")
+        rows = torch.tensor([0, *(len(part.cells) for part in parts[:-1])]).cumsum(0).tolist()
         return cls(
-            torch.cat([part.table for part in parts]),
+            torch.cat([part.cells for part in parts]),
             torch.cat([part.sizes for part in parts]),
             torch.cat([part.offsets + start for part, start in zip(parts, rows, strict=True)]),
             torch.cat([part.strides for part in parts]),
             parts[0].num_levels,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.cells.device
 
     @property
     def num_images(self) -> int:

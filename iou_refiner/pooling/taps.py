@@ -1,7 +1,7 @@
 """Which cells lie under which bins, and by what weight: the index building of the portable path.
 
 Weights belong to an axis, not to a tap: they are computed once per (bin, cell) of each axis, in float64, and multiplied
-where a row and a column meet. Nothing is padded to the widest box, and what is as long as the taps is 32 bits wide.
+where a row and a column meet. Nothing is padded to the widest box, and what has an entry for every tap is 32 bits wide.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Taps handled at once: bounds the scratch memory, to about 25 bytes a tap, whatever the boxes. Large, since the result
-# of a single piece need not be copied, and most pieces hold half of what they might.
+from iou_refiner.pooling.inputs import PoolInputs
+
+# At most so many taps are handled at once, which bounds the scratch memory to about 25 bytes for each of them, whatever
+# the boxes. It is large because the result of a single piece need not be copied; most pieces turn out half as large.
 _CHUNK_TAPS = 2_000_000
 
 
@@ -63,9 +65,9 @@ def _pieces(axes: Axes) -> Iterator[tuple[Tensor, Tensor, int]]:
 
 
 def weights(axes: Axes) -> Tensor:
-    """Mean of the hat of each tap's cell over its bin, (A,): its values in the middle of each stretch, by their share.
+    """Mean over the bin of the hat of each tap's cell, (A,): its value in the middle of each stretch, by their shares.
 
-    Differences of its integral would say the same, but lose their digits in a bin of a millionth of a cell.
+    Differences of the integral of the hat would give the same, but lose their digits in a bin of a millionth of a cell.
     """
     (left, low, _), (right, high, _) = _pieces(axes)
     return left * (1 + low) + right * (1 - high)
@@ -74,7 +76,8 @@ def weights(axes: Axes) -> Tensor:
 def slopes(axes: Axes, bins: int) -> tuple[Tensor, Tensor]:
     """Derivatives of the weights by the low and the high edge of the box, in cells, (A,) each.
 
-    Moving one end of a bin stretches it about the other: a place moves by its distance from the end that stays.
+    Moving one end of a bin stretches the bin about its other end: a point moves in proportion to its distance from the
+    end that stays.
     """
     length = axes.b - axes.a
     by_a, by_b = torch.zeros_like(length), torch.zeros_like(length)
@@ -100,7 +103,7 @@ def up_to(owner: Tensor) -> Tensor:
 
 
 def _axes(low: Tensor, high: Tensor, size: Tensor, bins: int) -> Axes:
-    """Taps along the axes of boxes ``[low, high]`` (2, R) in cells, on maps of ``size`` (2, R) cells."""
+    """Taps along the axes of the boxes ``[low, high]`` (2, R) in cells, on maps of ``size`` (2, R) cells."""
     fraction = torch.arange(bins + 1, dtype=low.dtype, device=low.device) / bins
     # Two-sided form: exact at both ends, so the last bin ends at the box's own edge.
     edges = low[..., None] * (1 - fraction) + high[..., None] * fraction  # (2, R, P + 1)
@@ -147,10 +150,13 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def chunks(
-    sizes: Tensor, offsets: Tensor, strides: Tensor, boxes: Tensor, map_index: Tensor, bins: int, shift: float
-) -> Iterator[tuple[slice, Axes, Taps]]:
-    """Cut the boxes into pieces of bounded work; yield each with the taps along its axes, and all of them."""
+def chunks(inputs: PoolInputs, bins: int) -> Iterator[tuple[slice, Axes, Taps]]:
+    """Cut the boxes into pieces of bounded work; yield each with its taps along single axes, and with all its taps.
+
+    Raises:
+        IndexError: a box is on a map that does not exist.
+    """
+    _, sizes, offsets, strides, boxes, map_index, shift = inputs
     if len(map_index) and (int(map_index.min()) < 0 or int(map_index.max()) >= len(sizes)):
         raise IndexError(f"`map_index` must lie in [0, {len(sizes) - 1}].")
     map_index = map_index.long()

@@ -1,7 +1,7 @@
-"""Gradient ascent on the predicted IoU, or on whatever else says how well a box fits.
+"""Gradient ascent of boxes on a score: the optimization-based refinement of the paper.
 
-Both functions know boxes and a score, nothing of features or detectors: the score is any differentiable function of
-boxes. :func:`refine_boxes` is what to use; :func:`refine_boxes_paper` is the paper's Algorithm 2 to the letter.
+Both functions know boxes and a score, nothing about features or detectors: the score is any differentiable function of
+boxes. :func:`refine_boxes` is the one to use; :func:`refine_boxes_paper` is Algorithm 2 of the paper to the letter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from iou_refiner.boxes import decode_boxes, valid_boxes
 from iou_refiner.checks import check_boxes, check_positive
 
-# (boxes (K, 4), rows (K,)) -> scores (K,): the predicted IoU of the boxes now standing for the given rows of the input.
+#: (boxes (K, 4), rows (K,)) -> scores (K,), where ``rows`` are the input rows that the boxes stand for.
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,11 +25,11 @@ class Refinement:
 
     Attributes:
         boxes: (N, 4) xyxy, always finite where the input was; untouched rows are bit-identical to the input.
-        score: (N,) predicted IoU of ``boxes``; NaN where it could not be predicted.
-        start_score: (N,) predicted IoU of the input boxes.
-        moved: (N,) bool.
+        score: (N,) score of ``boxes``; NaN where it is not defined.
+        start_score: (N,) score of the input boxes.
+        moved: (N,) bool, the boxes that differ from the input.
         undone: number of steps undone because their score was not finite.
-        forwards: times the score was evaluated.
+        forwards: number of evaluations of the score.
     """
 
     boxes: Tensor
@@ -47,26 +47,26 @@ def refine_boxes(
     steps: int = 5,
     step_size: float = 0.1,
     shrink: float = 0.5,
-    margin: float = 0.0,
+    min_gain: float = 0.0,
     tolerance: float = 1e-4,
 ) -> Refinement:
-    """Move each box uphill on the predicted IoU, in coordinates relative to its own size.
+    """Move each box uphill on its score, in coordinates relative to its own size, with backtracking.
 
     A box is ``(cx / w, cy / h, log w, log h)`` with the ``w, h`` it starts from, so one step size fits objects of every
-    size (the paper steps in pixels, which on a 512 px box is next to nothing). Every box has its own step: a step that
-    raises the score is taken, one that does not is undone and the step shrinks. So the score never falls, and the best
-    position seen is the one returned. Boxes whose gain falls below ``tolerance`` leave the batch. ``steps`` steps cost
-    ``steps + 1`` evaluations: the score that judges a step also starts the next one.
+    size (the paper steps in pixels, which on a 512 px box is next to nothing). Every box has its own step size: a step
+    that raises the score is taken; one that does not is undone, and the step size shrinks. So the score never falls,
+    and the best position is the one returned. Boxes whose gain falls below ``tolerance`` leave the batch. ``steps``
+    steps cost ``steps + 1`` evaluations: the score that accepts a step also starts the next one.
 
-    Works under ``torch.no_grad()`` and ``torch.inference_mode()``; asks for gradients to the boxes alone.
+    Works under ``torch.no_grad()`` and ``torch.inference_mode()``; computes gradients to the boxes alone.
 
     Args:
         score: differentiable ``(boxes (K, 4), rows (K,)) -> (K,)``; ``rows`` are the input rows the boxes stand for.
         boxes: (N, 4) float xyxy. Rows that are empty or not finite are returned untouched.
         steps: most steps a box may try.
-        step_size: first step, in relative coordinates per unit of gradient.
-        shrink: factor on the step of a box after a step that failed.
-        margin: a box whose predicted gain in the end is not above this is returned untouched.
+        step_size: length of the first step, in relative coordinates per unit of gradient.
+        shrink: factor on the step size of a box after a step that failed.
+        min_gain: a box whose score rises by no more than this in the end is returned untouched.
         tolerance: gain below which a box has converged.
 
     Returns:
@@ -79,13 +79,13 @@ def refine_boxes(
     if not 0 < shrink < 1:
         raise ValueError(f"`shrink` must lie in (0, 1), got {shrink!r}.")
     with torch.inference_mode(False):
-        anchors = boxes.detach().clone().float()
-        position = torch.zeros_like(anchors)  # relative coordinates of the best box so far
-        step = torch.full_like(anchors[:, 0], step_size)
-        rows = torch.nonzero(valid_boxes(anchors)).flatten()
+        reference = boxes.detach().clone().float()
+        position = torch.zeros_like(reference)  # relative coordinates of the best box so far
+        step = torch.full_like(reference[:, 0], step_size)
+        rows = torch.nonzero(valid_boxes(reference)).flatten()
         best = torch.full_like(step, torch.nan)
-        gradient = torch.zeros_like(anchors)
-        best[rows], gradient[rows] = _evaluate(score, position, anchors, rows, with_gradient=steps > 0)
+        gradient = torch.zeros_like(reference)
+        best[rows], gradient[rows] = _evaluate(score, position, reference, rows, with_gradient=steps > 0)
         start, undone, forwards = best.clone(), 0, 1 if len(rows) else 0
         for iteration in range(steps):
             rows = rows[torch.isfinite(best[rows]) & torch.isfinite(gradient[rows]).all(1)]
@@ -93,17 +93,17 @@ def refine_boxes(
                 break
             trial = position.clone()
             trial[rows] += step[rows, None] * gradient[rows]
-            value, slope = _evaluate(score, trial, anchors, rows, with_gradient=iteration + 1 < steps)
+            value, slope = _evaluate(score, trial, reference, rows, with_gradient=iteration + 1 < steps)
             forwards += 1
             finite = torch.isfinite(value)
             undone += int((~finite).sum())
             gain = torch.where(finite, value - best[rows], -torch.inf)
-            better, worse = rows[gain > 0], rows[gain <= 0]
-            position[better], best[better], gradient[better] = trial[better], value[gain > 0], slope[gain > 0]
-            step[worse] *= shrink
+            accepted, rejected = rows[gain > 0], rows[gain <= 0]
+            position[accepted], best[accepted], gradient[accepted] = trial[accepted], value[gain > 0], slope[gain > 0]
+            step[rejected] *= shrink
             rows = rows[(gain <= 0) | (gain > tolerance)]
-        refined = decode_boxes(position, anchors).to(boxes.dtype)
-        moved = (best > start + margin) & valid_boxes(refined)
+        refined = decode_boxes(position, reference).to(boxes.dtype)
+        moved = (best > start + min_gain) & valid_boxes(refined)
         refined = torch.where(moved[:, None], refined, boxes.detach())
         return Refinement(refined, torch.where(moved, best, start), start, moved, undone, forwards)
 
@@ -153,18 +153,18 @@ def refine_boxes_paper(
 
 
 def _evaluate(
-    score: Score, position: Tensor, anchors: Tensor, rows: Tensor, *, with_gradient: bool
+    score: Score, position: Tensor, reference: Tensor, rows: Tensor, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Score of the boxes at ``position[rows]`` and, if wanted, its gradient in relative coordinates."""
+    """Score of the boxes at ``position[rows]``, and its gradient in relative coordinates (zeros if not needed)."""
     point = position[rows]
     if not len(rows):
         return point.new_zeros(0), point
     if not with_gradient:
         with torch.no_grad():
-            return score(decode_boxes(point, anchors[rows]), rows).float(), torch.zeros_like(point)
+            return score(decode_boxes(point, reference[rows]), rows).float(), torch.zeros_like(point)
     with torch.enable_grad():
         point.requires_grad_()
-        value = score(decode_boxes(point, anchors[rows]), rows)
+        value = score(decode_boxes(point, reference[rows]), rows)
         (slope,) = torch.autograd.grad(value.sum(), point)
     return value.detach().float(), slope
 

@@ -1,4 +1,4 @@
-"""Greedy suppression in torch operators, for boxes on a device: the algorithm of :mod:`iou_refiner.stage.greedy_numpy`."""
+"""Greedy suppression in torch operators, for boxes on a device; see :mod:`iou_refiner.stage.greedy_numpy`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def owners(boxes: Tensor, labels: Tensor, threshold: float) -> Tensor:
         budget = min(_PAIRS_PER_BOX * len(rank), _CHUNK_PAIRS)
         heads = by_rank[: max(1, int(torch.searchsorted(pairs, budget, right=True)))]
         better, worse = _overlaps(boxes, rank, heads, _at(begin, heads), _at(end, heads), threshold)
-        kept = _greedy(heads, better, worse, len(rank))
-        claims = torch.nonzero(_at(kept, better)).flatten()
+        keep = _greedy(heads, better, worse, len(rank))
+        claims = torch.nonzero(_at(keep, better)).flatten()
         claim = torch.full_like(rank, len(owner))
         claim.scatter_reduce_(0, _at(worse, claims), _at(rank, _at(better, claims)), "amin")
         removed = torch.nonzero(claim < len(owner)).flatten()
         owner.index_copy_(0, _at(rank, removed), _at(claim, removed))
-        left = (~kept).index_fill_(0, removed, False)
+        left = (~keep).index_fill_(0, removed, False)
         before = torch.cat([left.new_zeros(1, dtype=torch.int64), left.cumsum(0)])  # rows left before each row
         by_rank = _at(before, _at(by_rank, torch.nonzero(_at(left, by_rank)).flatten()))
         left = torch.nonzero(left).flatten()
@@ -74,16 +74,16 @@ def _greedy(heads: Tensor, better: Tensor, worse: Tensor, count: int) -> Tensor:
     is the length of the longest chain, not the number of boxes.
     """
     undecided = torch.zeros(count, dtype=torch.bool, device=heads.device).index_fill_(0, heads, True)
-    kept = torch.zeros_like(undecided)
+    keep = torch.zeros_like(undecided)
     among = torch.nonzero(_at(undecided, worse)).flatten()
     while bool(undecided.any()):
         better, worse = _at(better, among), _at(worse, among)
         fresh = undecided.index_fill(0, worse, False)  # everything above them is decided, and none of it removed them
-        kept |= fresh
+        keep |= fresh
         undecided ^= fresh
         undecided.index_fill_(0, _at(worse, torch.nonzero(_at(fresh, better)).flatten()), False)
         among = torch.nonzero(_at(undecided, better) & _at(undecided, worse)).flatten()
-    return kept
+    return keep
 
 
 def windows(boxes: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,66 +1,99 @@
-"""What a stage does, in the order in which it does it."""
+"""The settings of the stage, in the order in which it acts. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from iou_refiner.checks import check_choice, check_fraction, check_positive
-from iou_refiner.head.iou_head import IoUPredictor
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Suppress, move, suppress again, rescore. The defaults measured best on a detector whose class score knows
-    nothing of fit (docs/accuracy.md); ``train --val-ann`` finds what suits another.
+    """Suppress, refine, suppress again, rescore.
+
+    The defaults measured best on a detector whose class score knows nothing about localization (docs/accuracy.md);
+    ``train --val-ann`` finds what suits another detector. Soft-NMS alone is ``nms="none"`` with ``final_nms="soft"``.
 
     Args:
-        nms: ``"iou"`` suppresses by what boxes are worth (Algorithm 1), ``"greedy"`` by class score; both again after
-            boxes have moved, for boxes that have come to rest on one object are one detection. ``"soft"`` is ``"iou"``,
-            then decays the scores of what still overlaps once it has moved (Soft-NMS); with ``nms_threshold=1`` that
-            alone. ``"none"`` keeps every box, for detectors without duplicates and files already suppressed.
+        nms: suppression before boxes are refined: "iou_guided" keeps the best-ranked box of each cluster, with the
+            cluster's highest class score (Algorithm 1 of the paper), "greedy" the box of the highest class score,
+            "none" all boxes.
         nms_threshold: IoU above which boxes of one class are one cluster.
-        rank_alpha: suppression ranks by ``score^(1 - rank_alpha) * worth^rank_alpha``, with
-            :meth:`IoUPredictor.worth`: the energy, or the predicted IoU of a head that has none. 1 is Algorithm 1.
-        moves: steps of regression, before the ascent (:meth:`IoUPredictor.move`; a head that does not regress takes
-            none).
-        steps: steps of the ascent on the worth; 0 takes none.
-        step_size: see :func:`refine_boxes`.
-        margin: a box that all its moves together do not make worth more by this stays where it was.
-        refine_top: boxes moved per image, best scores first.
-        score_alpha: detections are scored ``score^(1 - score_alpha) * iou^score_alpha``; 0 leaves the class score.
-        max_detections: detections per image.
+        final_nms: suppression after boxes were refined: "soft" decays the scores of boxes that still overlap
+            (Soft-NMS), the others as ``nms``, and only where boxes were refined.
+        rank_by: what IoU-guided NMS ranks by and the ascent climbs: the head's "ranking", or the predicted "iou".
+        rank_alpha: suppression ranks by score^(1 - a) * r^a, where r is ``rank_by``; 1 is the paper's.
+        regression_steps: steps of box regression, before the ascent; a head without deltas takes none.
+        ascent: "backtracking" undoes steps that fail and moves in units of the box; "paper" is Algorithm 2 as printed,
+            in pixels, and leaves every box where it ends.
+        ascent_steps: steps of the ascent.
+        ascent_step_size: length of the first step, per unit of gradient.
+        min_gain: a refined box returns to where it was unless its ranking rises by more than this.
+        refine_topk: boxes refined per image, best scores first.
+        score_alpha: detections are scored score^(1 - a) * iou^a; 0 leaves the class score.
+        max_detections: detections kept per image, over all classes.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    nms: str = "soft"
+    nms: Literal["iou_guided", "greedy", "none"] = "iou_guided"
     nms_threshold: float = 0.8
+    final_nms: Literal["soft", "iou_guided", "greedy", "none"] = "soft"
+    rank_by: Literal["ranking", "iou"] = "ranking"
     rank_alpha: float = 0.5
-    moves: int = 1
-    steps: int = 5
-    step_size: float = 0.05
-    margin: float = 0.0
-    refine_top: int = 100
+    regression_steps: int = 1
+    ascent: Literal["backtracking", "paper"] = "backtracking"
+    ascent_steps: int = 5
+    ascent_step_size: float = 0.05
+    min_gain: float = 0.0
+    refine_topk: int = 100
     score_alpha: float = 0.3
     max_detections: int = 100
 
     def __post_init__(self) -> None:
-        check_choice("nms", self.nms, ["iou", "greedy", "soft", "none"])
-        check_positive("step_size", self.step_size)
+        check_choice("nms", self.nms, ["iou_guided", "greedy", "none"])
+        check_choice("final_nms", self.final_nms, ["soft", "iou_guided", "greedy", "none"])
+        check_choice("rank_by", self.rank_by, ["ranking", "iou"])
+        check_choice("ascent", self.ascent, ["backtracking", "paper"])
+        check_positive("ascent_step_size", self.ascent_step_size)
         check_positive("max_detections", self.max_detections)
         for name in ("nms_threshold", "rank_alpha", "score_alpha"):
             check_fraction(name, getattr(self, name))
-        for name in ("moves", "steps", "refine_top", "margin"):
+        for name in ("regression_steps", "ascent_steps", "min_gain", "refine_topk"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
 
     @classmethod
-    def of(cls, head: IoUPredictor, **changes: Any) -> StageSettings:
-        """The settings recommended for a head, with some exchanged; a change to None is no change."""
-        known = [field.name for field in fields(cls)]
+    def detector_only(cls, *, nms_threshold: float = 0.5) -> StageSettings:
+        """What a detector does by itself: greedy NMS by class score, nothing refined, nothing rescored."""
+        return cls(
+            nms="greedy", nms_threshold=nms_threshold, final_nms="none", rank_alpha=0.0,
+            regression_steps=0, ascent_steps=0, score_alpha=0.0,
+        )  # fmt: skip
+
+    @classmethod
+    def paper(cls) -> StageSettings:
+        """The pipeline of the paper (Jiang et al., ECCV 2018): IoU-guided NMS by the predicted IoU (Algorithm 1), then
+        five steps of its optimization-based refinement (Algorithm 2)."""
+        return cls(
+            nms="iou_guided", nms_threshold=0.5, final_nms="none", rank_by="iou", rank_alpha=1.0,
+            regression_steps=0, ascent="paper", ascent_steps=5, ascent_step_size=0.5, score_alpha=0.0,
+        )  # fmt: skip
+
+    def replace(self, **changes: Any) -> StageSettings:
+        """A copy with some settings exchanged; a change to None is no change.
+
+        Raises:
+            ValueError: a setting is unknown, or out of range.
+        """
+        known = [field.name for field in fields(self)]
         for name in changes:
             check_choice("setting", name, known)
-        wanted = {name: value for name, value in changes.items() if value is not None}
-        return cls(**{**head.recommended, **wanted})
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    @property
+    def refines(self) -> bool:
+        """Whether boxes may come out elsewhere than they went in."""
+        return self.refine_topk > 0 and (self.regression_steps > 0 or self.ascent_steps > 0)

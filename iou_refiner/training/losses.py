@@ -1,11 +1,11 @@
-"""What the head is trained to do.
+"""The losses of the head.
 
-Three losses share the trunk: the IoU itself; the *order* of the boxes around one object, an energy in the sense of
-Gustafsson et al. (ECCV 2020) learned as a distribution over them; and the way to the object. Suppression and ascent
-live on the order, and an IoU that is right on average need not have it.
+Three losses share the trunk: the IoU itself; the *ranking* of the boxes around one object, an energy in the sense of
+Gustafsson et al. (ECCV 2020), learned as a distribution over these boxes; and the deltas to the object. Suppression and
+ascent depend on the ranking, and an IoU that is right on average need not have it.
 
-The IoU is that of a box which means an object. Whether it means one at all is what the class score says, and a head
-asked both learns mostly that (docs/accuracy.md, question 2).
+The IoU is that of a box with an object it means. Whether it means one at all is what the class score says, and a head
+that has to learn both learns mostly that (docs/accuracy.md, ablation 2).
 """
 
 from __future__ import annotations
@@ -14,59 +14,60 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner.boxes import encode_boxes
-from iou_refiner.head.iou_head import WAY_SPREAD, IoUPredictor
+from iou_refiner.head.iou_head import DELTA_STDS, IoUHead
 from iou_refiner.training.samples import Samples
 
-_MEANS_OBJECT = 0.3  # true IoU above which a box is taken to mean the object: it has a fit, and a way to go
-_ORDERED = 0.1  # true IoU above which a box takes part in the order around its object
-_ORDER_TEMPERATURE = 0.1  # difference of IoU that makes a box e times as likely to be the one
-ORDER_WEIGHT = 2.0
+_POSITIVE_IOU = 0.3  # true IoU above which a box is taken to mean the object: it has an IoU and deltas to learn
+_RANKED_IOU = 0.1  # true IoU above which a box takes part in the ranking around its object
+_RANKING_TEMPERATURE = 0.1  # difference of IoU that makes a box e times as likely to be the best
+RANKING_WEIGHT = 2.0
 
 
-def total_loss(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """The losses of all outputs the head has.
+def total_loss(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
+    """The losses of all outputs that the head has.
 
     Args:
         head: for its outputs and its objective.
-        read: (R, hidden[-1]), what the trunk made of the boxes.
-        asked: the R boxes and their truth.
+        embedding: (R, hidden[-1]), what the trunk made of the boxes.
+        samples: the R boxes and their truth.
         image_index: (R,) the image of each.
     """
-    meant = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
-    loss = fit_loss(head, head.fit_of(read[meant], asked.labels[meant]), asked.iou[meant])
-    if head.order:
-        loss = loss + ORDER_WEIGHT * order_loss(head.energy_of(read), asked, image_index)
-    if head.regress:
-        loss = loss + way_loss(head.way_of(read), asked)
+    positive = torch.nonzero(samples.iou > _POSITIVE_IOU).flatten()
+    logits = head.iou_logits(embedding[positive], samples.labels[positive])
+    loss = iou_loss(head, logits, samples.iou[positive])
+    if head.config.ranking:
+        loss = loss + RANKING_WEIGHT * ranking_loss(head.ranking_logits(embedding), samples, image_index)
+    if head.config.deltas:
+        loss = loss + deltas_loss(head.deltas(embedding), samples)
     return loss
 
 
-def fit_loss(head: IoUPredictor, raw: Tensor, iou: Tensor) -> Tensor:
-    """Of the raw output (R,) to the true IoU (R,), by the head's objective. The mean over boxes."""
-    if head.objective == "bce":
-        loss = nn.functional.binary_cross_entropy_with_logits(raw, iou, reduction="sum")
+def iou_loss(head: IoUHead, logits: Tensor, iou: Tensor) -> Tensor:
+    """Of IoU logits (R,) to the true IoU (R,), by the head's objective. The mean over boxes."""
+    if head.config.objective == "bce":
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, iou, reduction="sum")
     else:
-        loss = nn.functional.smooth_l1_loss(raw, 2 * iou - 1, reduction="sum")
+        loss = nn.functional.smooth_l1_loss(logits, 2 * iou - 1, reduction="sum")
     return loss / max(len(iou), 1)
 
 
-def order_loss(energy: Tensor, asked: Samples, image_index: Tensor, worth: Tensor | None = None) -> Tensor:
-    """Divergence from a distribution over the boxes that mean one object, ``exp(worth)``, to that of the energies:
+def ranking_loss(logits: Tensor, samples: Samples, image_index: Tensor, target_logits: Tensor | None = None) -> Tensor:
+    """Divergence of the distribution that the logits give over the boxes of one object from the target distribution:
     which of them fits best, whatever the object. The mean over objects.
 
     Args:
-        energy: (R,).
-        asked: the R boxes and their truth.
+        logits: (R,) ranking logits.
+        samples: the R boxes and their truth.
         image_index: (R,) the image of each.
-        worth: (R,) of each box; default its IoU over a temperature.
+        target_logits: (R,) of the target distribution; default the true IoU over a temperature.
     """
-    rows = torch.nonzero(asked.iou > _ORDERED).flatten()
+    rows = torch.nonzero(samples.iou > _RANKED_IOU).flatten()
     if not len(rows):
-        return energy.sum() * 0
-    key = torch.cat([image_index[rows, None].to(asked.objects), asked.objects[rows]], 1)
+        return logits.sum() * 0
+    key = torch.cat([image_index[rows, None].to(samples.gt_boxes), samples.gt_boxes[rows]], 1)
     group = torch.unique(key, dim=0, return_inverse=True)[1]
-    wanted = _log_softmax((asked.iou / _ORDER_TEMPERATURE if worth is None else worth)[rows], group)
-    divergence: Tensor = (wanted.exp() * (wanted - _log_softmax(energy[rows], group))).sum()
+    target = _log_softmax((samples.iou / _RANKING_TEMPERATURE if target_logits is None else target_logits)[rows], group)
+    divergence: Tensor = (target.exp() * (target - _log_softmax(logits[rows], group))).sum()
     return divergence / (int(group.max()) + 1)
 
 
@@ -79,10 +80,10 @@ def _log_softmax(values: Tensor, group: Tensor) -> Tensor:
     return values - total.log()[group]
 
 
-def way_loss(way: Tensor, asked: Samples) -> Tensor:
-    """Smooth-L1 on the way to the object, over the boxes that mean one: a box beside everything has nowhere to go."""
-    rows = torch.nonzero(asked.iou > _MEANS_OBJECT).flatten()
-    wanted = encode_boxes(asked.objects[rows], asked.boxes[rows])
-    error = (way[rows] - wanted) / way.new_tensor(WAY_SPREAD)
+def deltas_loss(deltas: Tensor, samples: Samples) -> Tensor:
+    """Smooth-L1 on the deltas to the object, over the boxes that mean one: the others have no target."""
+    rows = torch.nonzero(samples.iou > _POSITIVE_IOU).flatten()
+    target = encode_boxes(samples.gt_boxes[rows], samples.boxes[rows])
+    error = (deltas[rows] - target) / deltas.new_tensor(DELTA_STDS)
     loss = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5, reduction="sum")
     return loss / max(len(rows), 1)

@@ -1,9 +1,8 @@
-"""What the head is trained on and measured against: boxes of an image with their true IoU.
+"""What the head is trained on: boxes of an image with their true IoU.
 
 Two sources are mixed. *Jittered ground truth* covers all IoU evenly, as in the paper. *The detector's own candidates*
-are the boxes the head will be asked about; among them those below IoU 0.5 count too, since a head that never saw them
-believes that everything fits. Crowd regions say nothing about how well a single box fits: candidates in them are left
-out.
+are the boxes the head will have to predict for; among them those below IoU 0.5 count too, since a head that never saw
+them believes that everything fits. Boxes in ignored regions are left out: nothing says how well they fit.
 """
 
 from __future__ import annotations
@@ -15,50 +14,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iou_refiner.boxes import box_area, clip_boxes, pairwise_iou, valid_boxes
+from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Image, xywh_to_xyxy
 from iou_refiner.detector.features import Extraction
 from iou_refiner.detector.sources import FeatureCache
 from iou_refiner.detector.views import View
+from iou_refiner.evaluation.true_iou import match_boxes
 from iou_refiner.training.jitter import jitter_boxes
 
-# A candidate more than this far inside a crowd region, and fitting no single object, is not judged.
-_CROWD_COVER = 0.5
 # Share of an object that a view must show for its box to be one to learn from.
 _LEAST_VISIBLE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class Objects:
-    """The annotated objects of one image, network frame.
+class Targets:
+    """The annotation of one image, in network pixels.
 
     Attributes:
-        boxes: (G, 4) float32 xyxy.
-        labels: (G,) int64, the detector's class numbers.
-        crowds: (K, 4) float32 xyxy, regions in which single objects are not annotated.
+        gt_boxes: (G, 4) float32 xyxy, the annotated objects.
+        gt_labels: (G,) int64, the detector's class numbers.
+        ignored_boxes: (K, 4) float32 xyxy, regions in which boxes are not judged: crowds, and objects mostly outside
+            the view, of which nobody can say where they end.
+        ignored_labels: (K,) int64.
     """
 
-    boxes: Tensor
-    labels: Tensor
-    crowds: Tensor
+    gt_boxes: Tensor
+    gt_labels: Tensor
+    ignored_boxes: Tensor
+    ignored_labels: Tensor
+
+    def match(self, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The true IoU (R,) of boxes (R, 4) with labels (R,), NaN where they are not judged, and the object (R, 4) each
+        fits best; the box itself where the image has no object. See
+        :func:`~iou_refiner.evaluation.true_iou.match_boxes`."""
+        everything = torch.cat([self.gt_boxes, self.ignored_boxes])
+        ignored = np.arange(len(everything)) >= len(self.gt_boxes)
+        all_labels = torch.cat([self.gt_labels, self.ignored_labels])
+        overlap, best = match_boxes(boxes.numpy(), labels.numpy(), everything.numpy(), all_labels.numpy(), ignored)
+        iou = torch.from_numpy(overlap)
+        return iou, self.gt_boxes[torch.from_numpy(best)] if len(self.gt_boxes) else boxes
+
+    def true_iou(self, boxes: Tensor, labels: Tensor) -> Tensor:
+        """The first part of :meth:`match`."""
+        return self.match(boxes, labels)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Boxes of one image with their truth.
+    """Boxes to train on, with their truth.
 
     Attributes:
-        boxes: (R, 4) float32 xyxy, network frame.
+        boxes: (R, 4) float32 xyxy in network pixels.
         labels: (R,) int64.
         iou: (R,) float32, IoU with the best object of the same class.
-        objects: (R, 4) float32 xyxy, that object; the box itself where the image has none.
+        gt_boxes: (R, 4) float32 xyxy, that object; the box itself where the image has none.
     """
 
     boxes: Tensor
     labels: Tensor
     iou: Tensor
-    objects: Tensor
+    gt_boxes: Tensor
+
+    def __len__(self) -> int:
+        """Number of boxes."""
+        return len(self.boxes)
 
     def __getitem__(self, rows: Tensor) -> Samples:
         """The samples of these rows."""
@@ -73,9 +93,9 @@ class TrainingSet:
     """Cached extractions joined with their annotation.
 
     Args:
-        cache: extractions of the frozen detector; must hold every image of ``ground_truth``.
+        cache: extractions of the frozen detector; must hold every view of every image of ``ground_truth``.
         ground_truth: the annotation.
-        views: how many views of every image to use (:class:`View`; all must be in the cache).
+        views: how many views of every image to use (:class:`View`).
 
     Raises:
         DataError: an image is not in the cache.
@@ -106,98 +126,74 @@ class TrainingSet:
         """The detector's labels that the annotation covers, ascending."""
         return tuple(sorted(self._label_of.values()))
 
-    def load(self, index: int) -> tuple[Extraction, Objects]:
-        """What the detector saw in one image, and what is there. Candidates of classes not annotated are dropped."""
+    def load(self, index: int) -> tuple[Extraction, Targets]:
+        """The extraction of one view, and its annotation. Candidates of classes that are not annotated are dropped."""
         image, view = self.items[index]
         extraction = self.cache.load(image.id, view=view)
-        found = extraction.candidates
-        annotated = torch.isin(found.labels, torch.tensor(self.labels, dtype=torch.int64))
-        found = found[annotated]
-        found = found.replace(boxes=clip_boxes(found.boxes, extraction.features.image_sizes[0]))  # as the stage does
-        extraction = Extraction(image.id, extraction.features, found, extraction.frame)
-        return extraction, self._objects(image, extraction, view)
+        candidates = extraction.candidates
+        annotated = torch.isin(candidates.labels, torch.tensor(self.labels, dtype=torch.int64))
+        candidates = candidates[annotated]
+        clipped = clip_boxes(candidates.boxes, extraction.features.image_sizes[0])  # as the stage does
+        extraction = Extraction(image.id, extraction.features, candidates.replace(boxes=clipped), extraction.transform)
+        return extraction, self._targets(image, extraction, view)
 
-    def _objects(self, image: Image, extraction: Extraction, number: int) -> Objects:
+    def _targets(self, image: Image, extraction: Extraction, number: int) -> Targets:
         rows = self._rows.get(image.id, np.zeros(0, np.int64))
         rows = rows[np.isin(self.ground_truth.category_id[rows], list(self._label_of))]
         boxes = torch.from_numpy(xywh_to_xyxy(self.ground_truth.bbox[rows])).float().reshape(-1, 4)
         labels = torch.tensor([self._label_of[int(c)] for c in self.ground_truth.category_id[rows]], dtype=torch.int64)
-        crowd = torch.from_numpy(np.asarray(self.ground_truth.iscrowd[rows], dtype=bool))
+        ignored = torch.from_numpy(np.asarray(self.ground_truth.iscrowd[rows], dtype=bool))
         view = View.of(image.id, (image.height, image.width), number)
         whole = view.boxes(boxes)
-        seen = clip_boxes(whole, (view.height, view.width)) if number else whole
-        # Of an object that is mostly outside the view nobody can say where it ends: not judged, like a crowd.
-        crowd |= box_area(seen) < _LEAST_VISIBLE * box_area(whole)
-        boxes = extraction.frame.to_network(seen)
+        visible = clip_boxes(whole, (view.height, view.width)) if number else whole
+        ignored |= box_area(visible) < _LEAST_VISIBLE * box_area(whole)
+        boxes = extraction.transform.to_network(visible)
         valid = valid_boxes(boxes)
-        return Objects(boxes[~crowd & valid], labels[~crowd & valid], boxes[crowd & valid])
-
-
-def true_iou(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
-    """IoU (R,) of each box with the best object of its class; NaN where a crowd region makes it unknowable."""
-    if len(objects.boxes):
-        iou = pairwise_iou(boxes, objects.boxes) * (labels[:, None] == objects.labels)
-        best = iou.amax(1)
-    else:
-        best = boxes.new_zeros(len(boxes))
-    if len(objects.crowds) and len(boxes):
-        top_left = torch.maximum(boxes[:, None, :2], objects.crowds[:, :2])
-        bottom_right = torch.minimum(boxes[:, None, 2:], objects.crowds[:, 2:])
-        cover = (bottom_right - top_left).clamp(min=0).prod(-1).amax(1) / box_area(boxes).clamp(min=1e-6)
-        best = torch.where((best < 0.5) & (cover > _CROWD_COVER), torch.nan, best)
-    return best
+        gt, rest = ~ignored & valid, ignored & valid
+        return Targets(boxes[gt], labels[gt], boxes[rest], labels[rest])
 
 
 def sample_boxes(
     extraction: Extraction,
-    objects: Objects,
+    targets: Targets,
     count: int,
     *,
     candidate_share: float,
-    lowest_iou: float,
+    jitter_min_iou: float,
     generator: torch.Generator,
 ) -> Samples:
-    """Draw training boxes for one image: jittered objects and the detector's candidates, each even in IoU.
+    """Sample training boxes of one image: jittered objects and the detector's candidates, each even in IoU.
 
     Args:
         extraction: with the candidates.
-        objects: of the image.
-        count: boxes wanted; fewer come where there are neither objects nor candidates.
+        targets: the annotation of the image.
+        count: number of boxes; fewer come where there are neither objects nor candidates.
         candidate_share: share of them that are candidates.
-        lowest_iou: low end of the jitter.
+        jitter_min_iou: lowest IoU of the jittered boxes.
         generator: source of randomness.
     """
-    found = extraction.candidates
-    iou = true_iou(found.boxes, found.labels, objects)
-    judged = torch.nonzero(torch.isfinite(iou) & valid_boxes(found.boxes)).flatten()
-    wanted = round(count * candidate_share) if len(objects.boxes) else count
-    chosen = judged[_even_in(iou[judged], min(wanted, len(judged)), generator)]
-    boxes, labels = [found.boxes[chosen]], [found.labels[chosen]]
-    if len(objects.boxes):
-        rest = count - len(chosen)
-        which = torch.arange(rest) % len(objects.boxes)
-        moved, _ = jitter_boxes(objects.boxes[which], 1, low=lowest_iou, generator=generator)
-        moved = clip_boxes(moved[:, 0], extraction.features.image_sizes[0])
-        inside = valid_boxes(moved)
-        boxes.append(moved[inside])
-        labels.append(objects.labels[which][inside])
+    candidates = extraction.candidates
+    iou = targets.true_iou(candidates.boxes, candidates.labels)
+    judged = torch.nonzero(torch.isfinite(iou) & valid_boxes(candidates.boxes)).flatten()
+    share = round(count * candidate_share) if len(targets.gt_boxes) else count
+    chosen = judged[_even_in_iou(iou[judged], min(share, len(judged)), generator)]
+    boxes, labels = [candidates.boxes[chosen]], [candidates.labels[chosen]]
+    if len(targets.gt_boxes):
+        rows = torch.arange(count - len(chosen)) % len(targets.gt_boxes)
+        jittered, _ = jitter_boxes(targets.gt_boxes[rows], 1, low=jitter_min_iou, generator=generator)
+        jittered = clip_boxes(jittered[:, 0], extraction.features.image_sizes[0])
+        inside = valid_boxes(jittered)
+        boxes.append(jittered[inside])
+        labels.append(targets.gt_labels[rows][inside])
     all_boxes, all_labels = torch.cat(boxes), torch.cat(labels)
-    # Asked again for every box: a jittered box may fit a neighbour better than the object it came from, and clipping
-    # to the image changes its IoU.
-    iou = true_iou(all_boxes, all_labels, objects)
+    # Matched again: a jittered box may fit a neighbour better than the object it came from, and clipping to the image
+    # changes its IoU.
+    iou, gt_boxes = targets.match(all_boxes, all_labels)
     judged = torch.nonzero(torch.isfinite(iou)).flatten()
-    return Samples(all_boxes, all_labels, iou, best_object(all_boxes, all_labels, objects))[judged]
+    return Samples(all_boxes, all_labels, iou, gt_boxes)[judged]
 
 
-def best_object(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
-    """The object (R, 4) of its class that each box fits best; the box itself where the image has none."""
-    if not len(objects.boxes):
-        return boxes
-    iou = pairwise_iou(boxes, objects.boxes) * (labels[:, None] == objects.labels)
-    return objects.boxes[iou.argmax(1)]
-
-
-def _even_in(iou: Tensor, count: int, generator: torch.Generator, *, bins: int = 10) -> Tensor:
+def _even_in_iou(iou: Tensor, count: int, generator: torch.Generator, *, bins: int = 10) -> Tensor:
     """``count`` distinct rows drawn so that all tenths of IoU that occur come up about equally often."""
     stratum = (iou * bins).long().clamp(0, bins - 1)
     weight = 1 / torch.bincount(stratum, minlength=bins).float()[stratum]
@@ -208,6 +204,6 @@ def _even_in(iou: Tensor, count: int, generator: torch.Generator, *, bins: int =
 
 def collate(samples: Sequence[Samples]) -> tuple[Samples, Tensor]:
     """Samples of several images in one, and the image of each (R,) int64."""
-    image_index = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s.iou) for s in samples]))
+    image_index = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s) for s in samples]))
     columns = {f.name: torch.cat([getattr(s, f.name) for s in samples]) for f in fields(Samples)}
     return Samples(**columns), image_index

@@ -6,15 +6,16 @@ import numpy as np
 
 from iou_refiner.coco import Results, xywh_to_xyxy
 from iou_refiner.coco.data import FloatArray, IntArray
+from iou_refiner.numpy_boxes import paired_iou
 from iou_refiner.validation.findings import ENOUGH, Finding, Subject, about_file
 
 _PAIRS = 4_000_000  # looked at for traces of NMS
 _PER_GROUP = 200  # best boxes of one class in one image, compared with one another for traces of NMS
 
 
-def check_cut(found: Subject) -> list[Finding]:
+def check_cut(subject: Subject) -> list[Finding]:
     """W221: low scores were cut off."""
-    scores = found.results.score
+    scores = subject.results.score
     if len(scores) < ENOUGH or scores.min() < 0.05:
         return []
     message = (
@@ -24,9 +25,9 @@ def check_cut(found: Subject) -> list[Finding]:
     return [about_file("W221", message)]
 
 
-def check_nms(found: Subject) -> list[Finding]:
+def check_nms(subject: Subject) -> list[Finding]:
     """W220: the file was NMS-ed before."""
-    threshold = suppressed_at(found.results)
+    threshold = suppressed_at(subject.results)
     if threshold is None:
         return []
     message = (
@@ -61,21 +62,17 @@ def _same_class_overlaps(results: Results) -> FloatArray:
     a sample of groups tells; and NMS leaves no pair among the best boxes if it leaves none at all.
     """
     rows, group = _sample_groups(results)
-    corners = xywh_to_xyxy(results.bbox[rows])
-    area = results.bbox[rows, 2:].clip(min=0).prod(1)
-    found = []
+    boxes = xywh_to_xyxy(results.bbox[rows])
+    overlaps = [np.empty(0)]
     left = np.arange(len(rows))
     for step in range(1, _PER_GROUP):
         left = left[left + step < len(rows)]
         left = left[group[left] == group[left + step]]
         if not len(left):
             break
-        right = left + step
-        size = np.minimum(corners[left, 2:], corners[right, 2:]) - np.maximum(corners[left, :2], corners[right, :2])
-        shared = size.clip(min=0).prod(1)
-        touching = shared > 0
-        found.append(shared[touching] / (area[left] + area[right] - shared)[touching])
-    return np.concatenate([np.empty(0), *found])
+        iou = paired_iou(boxes[left], boxes[left + step])
+        overlaps.append(iou[iou > 0])
+    return np.concatenate(overlaps)
 
 
 def _sample_groups(results: Results) -> tuple[IntArray, IntArray]:

@@ -17,13 +17,13 @@ _PER_IMAGE = 100  # what COCO's server and evaluators keep of an image
 _EDGE = 1.0  # pixels that rounding may put a box beyond its image
 
 
-def _check_sizes(found: Subject) -> list[Finding]:
-    size = found.results.bbox[:, 2:]
+def _check_sizes(subject: Subject) -> list[Finding]:
+    size = subject.results.bbox[:, 2:]
     negative = (size < 0).any(1)
     empty = (size == 0).any(1) & ~negative
     return [
-        *found.finding("E205", np.flatnonzero(negative), "negative width or height. bbox is [x, y, width, height]."),
-        *found.finding("W205", np.flatnonzero(empty), "zero width or height: such a box can match nothing. Drop it."),
+        *subject.finding("E205", np.flatnonzero(negative), "negative width or height. bbox is [x, y, width, height]."),
+        *subject.finding("W205", np.flatnonzero(empty), "zero width or height: such a box can match nothing. Drop it."),
     ]
 
 
@@ -31,41 +31,43 @@ def _first(ids: NDArray[Any]) -> str:
     return ", ".join(map(str, ids[:5].tolist())) + (", ..." if len(ids) > 5 else "")
 
 
-def _check_image_ids(found: Subject) -> list[Finding]:
-    if found.truth is None:
+def _check_image_ids(subject: Subject) -> list[Finding]:
+    if subject.truth is None:
         return []
-    known = np.array([image.id for image in found.truth.images], np.int64)
-    rows = np.flatnonzero(~np.isin(found.results.image_id, known))
-    unknown = np.unique(found.results.image_id[rows])
-    message = f"image ids that the ground truth does not have ({_first(unknown)}). {_guess_image_ids(found, unknown)}"
-    return found.finding("E301", rows, message, lambda row: f"image_id {found.results.image_id[row]}")
+    known = np.array([image.id for image in subject.truth.images], np.int64)
+    rows = np.flatnonzero(~np.isin(subject.results.image_id, known))
+    unknown = np.unique(subject.results.image_id[rows])
+    message = f"image ids that the ground truth does not have ({_first(unknown)}). {_guess_image_ids(subject, unknown)}"
+    return subject.finding("E301", rows, message, lambda row: f"image_id {subject.results.image_id[row]}")
 
 
-def _guess_image_ids(found: Subject, unknown: IntArray) -> str:
-    images = found.truth.images if found.truth else ()
+def _guess_image_ids(subject: Subject, unknown: IntArray) -> str:
+    images = subject.truth.images if subject.truth else ()
     stems = [re.search(r"(\d+)\.\w+$", image.file_name) for image in images]
     numbers = np.array([int(stem[1]) for stem in stems if stem and len(stem[1]) < 19], np.int64)
     if len(unknown) and np.isin(unknown, numbers).all():
         return "They look like file name stems: look up the id of the image with that file name."
-    if len(unknown) and found.results.image_id.min() >= 0 and found.results.image_id.max() <= len(images):
+    if len(unknown) and subject.results.image_id.min() >= 0 and subject.results.image_id.max() <= len(images):
         return "They look like positions in the image list: write the id of the image at that position."
     return "Is this the ground truth of the same split?"
 
 
-def _check_category_ids(found: Subject) -> list[Finding]:
-    if found.truth is None:
+def _check_category_ids(subject: Subject) -> list[Finding]:
+    if subject.truth is None:
         return []
-    known = np.array(sorted(category.id for category in found.truth.categories), np.int64)
-    rows = np.flatnonzero(~np.isin(found.results.category_id, known))
-    unknown = np.unique(found.results.category_id[rows])
-    message = f"category ids that the ground truth does not have ({_first(unknown)}). {_guess_categories(found, known)}"
-    return found.finding("E302", rows, message, lambda row: f"category_id {found.results.category_id[row]}")
+    known = np.array(sorted(category.id for category in subject.truth.categories), np.int64)
+    rows = np.flatnonzero(~np.isin(subject.results.category_id, known))
+    unknown = np.unique(subject.results.category_id[rows])
+    message = (
+        f"category ids that the ground truth does not have ({_first(unknown)}). {_guess_categories(subject, known)}"
+    )
+    return subject.finding("E302", rows, message, lambda row: f"category_id {subject.results.category_id[row]}")
 
 
-def _guess_categories(found: Subject, known: IntArray) -> str:
-    if not len(known) or not len(found.results):
+def _guess_categories(subject: Subject, known: IntArray) -> str:
+    if not len(known) or not len(subject.results):
         return "The ground truth lists no categories." if not len(known) else ""
-    low, high = int(found.results.category_id.min()), int(found.results.category_id.max())
+    low, high = int(subject.results.category_id.min()), int(subject.results.category_id.max())
     span = f"yours are {low}..{high}, its {len(known)} are {known[0]}..{known[-1]}"
     gaps = known[-1] - known[0] + 1 != len(known)
     if low == 0 and high < len(known) and known[0] == 1 and not gaps:
@@ -75,14 +77,14 @@ def _guess_categories(found: Subject, known: IntArray) -> str:
     return f"Is this the ground truth of the same classes ({span})?"
 
 
-def _check_scores(found: Subject) -> list[Finding]:
-    findings = _check_unit_range(found, "score", found.results.score)
-    if found.results.iou is not None:
-        findings += _check_unit_range(found, "iou", found.results.iou)
+def _check_scores(subject: Subject) -> list[Finding]:
+    findings = _check_unit_range(subject, "score", subject.results.score)
+    if subject.results.iou is not None:
+        findings += _check_unit_range(subject, "iou", subject.results.iou)
     return findings
 
 
-def _check_unit_range(found: Subject, name: str, values: FloatArray) -> list[Finding]:
+def _check_unit_range(subject: Subject, name: str, values: FloatArray) -> list[Finding]:
     rows = np.flatnonzero((values < 0) | (values > 1))
     if (values < 0).any():
         guess = "They look like logits: apply the sigmoid or softmax."
@@ -90,20 +92,20 @@ def _check_unit_range(found: Subject, name: str, values: FloatArray) -> list[Fin
         guess = "They look like percent: divide by 100."
     else:
         guess = "Bring them to [0, 1]."
-    return found.finding("E303", rows, f"{name} outside [0, 1]. {guess}", lambda row: f"{name} {values[row]:g}")
+    return subject.finding("E303", rows, f"{name} outside [0, 1]. {guess}", lambda row: f"{name} {values[row]:g}")
 
 
-def _check_box_format(found: Subject) -> list[Finding]:
-    boxes = found.results.bbox
+def _check_box_format(subject: Subject) -> list[Finding]:
+    boxes = subject.results.bbox
     if len(boxes) < ENOUGH:
         return []
     if boxes.max() <= 1.5:
         message = "boxes look normalised: no coordinate is above 1.5. Multiply by the image's width and height."
-        return found.finding("E502", np.arange(len(boxes)), message)
+        return subject.finding("E502", np.arange(len(boxes)), message)
     findings = []
-    if _look_xyxy(boxes, found.image_sizes()):
+    if _look_xyxy(boxes, subject.image_sizes()):
         message = "boxes look like [x1, y1, x2, y2]. Write [x, y, width, height]: subtract the first two numbers."
-        findings += found.finding("E501", np.arange(len(boxes)), message)
+        findings += subject.finding("E501", np.arange(len(boxes)), message)
     return findings
 
 
@@ -123,29 +125,29 @@ def _look_xyxy(boxes: FloatArray, sizes: FloatArray) -> bool:
     return bool(inside and beyond)
 
 
-def _check_frame(found: Subject) -> list[Finding]:
-    sizes = found.image_sizes()
-    corners = xywh_to_xyxy(found.results.bbox)
+def _check_frame(subject: Subject) -> list[Finding]:
+    sizes = subject.image_sizes()
+    corners = xywh_to_xyxy(subject.results.bbox)
     outside = (corners[:, :2] < -_EDGE).any(1) | (corners[:, 2:] > sizes + _EDGE).any(1)
     rows = np.flatnonzero(outside)
     if not len(rows):
         return []
     message = f"boxes reach more than {_EDGE:g} pixel beyond their image. Clip them if the detector did not mean to."
-    findings = found.finding("W206", rows, message)
+    findings = subject.finding("W206", rows, message)
     with np.errstate(divide="ignore", invalid="ignore"):
         reach = (corners[:, 2:] / sizes).max(1)  # NaN where the image is unknown
     known = np.flatnonzero(np.isfinite(reach))
-    groups = group_rows(found.results.image_id[known])
+    groups = group_rows(subject.results.image_id[known])
     factors = np.array([reach[known[group]].max() for group in groups.values()])
     if len(known) >= ENOUGH and (factors > 1.05).mean() >= 0.5 and outside.mean() >= 0.1:
         low, middle, high = np.quantile(factors, [0.25, 0.5, 0.75])
         text = f"boxes reach beyond their images by a factor of about {middle:.2f} (quartiles {low:.2f}, {high:.2f})"
-        findings += found.finding("E503", rows, f"{text}: a resized frame? Scale them back to the original image.")
+        findings += subject.finding("E503", rows, f"{text}: a resized frame? Scale them back to the original image.")
     return findings
 
 
-def _check_duplicates(found: Subject) -> list[Finding]:
-    results = found.results
+def _check_duplicates(subject: Subject) -> list[Finding]:
+    results = subject.results
     keys = [results.image_id, results.category_id, results.score, *results.bbox.T]
     order = np.lexsort(keys)
     same = np.ones(max(len(order) - 1, 0), bool)
@@ -153,32 +155,32 @@ def _check_duplicates(found: Subject) -> list[Finding]:
         same &= key[order[1:]] == key[order[:-1]]
     rows = np.sort(order[1:][same])  # the sort is stable, so the first of equal records is not among them
     message = "exact duplicates (same image, class, box and score), each a false positive. Drop them."
-    return found.finding("W210", rows, message)
+    return subject.finding("W210", rows, message)
 
 
-def _check_images(found: Subject) -> list[Finding]:
+def _check_images(subject: Subject) -> list[Finding]:
     findings = []
-    ids, counts = np.unique(found.results.image_id, return_counts=True)
+    ids, counts = np.unique(subject.results.image_id, return_counts=True)
     many = np.flatnonzero(counts > _PER_IMAGE)
     if len(many):
         message = (
             f"images with more than {_PER_IMAGE} records: pycocotools keeps {_PER_IMAGE} per image and category, "
             f"the COCO server {_PER_IMAGE} per image. Say which is meant when comparing."
         )
-        examples = tuple(Example(None, int(ids[at]), f"{counts[at]:,} records") for at in many[: found.max_examples])
+        examples = tuple(Example(None, int(ids[at]), f"{counts[at]:,} records") for at in many[: subject.max_examples])
         findings.append(Finding("W211", "warning", len(many), message, examples))
-    if found.truth is not None:
+    if subject.truth is not None:
         seen = set(ids.tolist())
-        empty = [image.id for image in found.truth.images if image.id not in seen]
+        empty = [image.id for image in subject.truth.images if image.id not in seen]
         if empty:
             message = "images without detections; they count as missed. Was the whole split run?"
-            examples = tuple(Example(None, image, "no record") for image in empty[: found.max_examples])
+            examples = tuple(Example(None, image, "no record") for image in empty[: subject.max_examples])
             findings.append(Finding("W212", "warning", len(empty), message, examples))
     return findings
 
 
-def _check_rounding(found: Subject) -> list[Finding]:
-    boxes, scores = found.results.bbox, found.results.score
+def _check_rounding(subject: Subject) -> list[Finding]:
+    boxes, scores = subject.results.bbox, subject.results.score
     findings: list[Finding] = []
     if len(boxes) < ENOUGH:
         return findings
@@ -191,17 +193,17 @@ def _check_rounding(found: Subject) -> list[Finding]:
     return findings
 
 
-def _check_keys(found: Subject) -> list[Finding]:
+def _check_keys(subject: Subject) -> list[Finding]:
     findings = []
-    if count := found.keys["segmentation"]:
+    if count := subject.keys["segmentation"]:
         message = "records with a segmentation: it no longer fits a box that moves, so refinement drops it."
         findings.append(Finding("W230", "warning", count, message))
-    names = sorted(key for key in found.keys if key != "segmentation")
+    names = sorted(key for key in subject.keys if key != "segmentation")
     if names:
         message = (
             f"records have other keys, which are kept: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
         )
-        findings.append(Finding("W250", "warning", max(found.keys[key] for key in names), message))
+        findings.append(Finding("W250", "warning", max(subject.keys[key] for key in names), message))
     return findings
 
 

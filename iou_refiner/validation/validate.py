@@ -42,9 +42,9 @@ def validate(results_path: str | Path, ground_truth_path: str | Path | None = No
     if ground_truth_path is not None:
         truth, more = _read_truth(Path(ground_truth_path), max_examples)
         findings += more
-    found = Subject(whole.results, whole.numbers, keys, truth, max_examples)
+    subject = Subject(whole.results, whole.numbers, keys, truth, max_examples)
     for check in (*COLUMN_CHECKS, check_cut, check_nms):
-        findings += check(found)
+        findings += check(subject)
     findings = [finding for finding in findings if not _is_consequence(finding.code, {f.code for f in findings})]
     return Report(
         tuple(sorted(findings, key=lambda finding: finding.code)),

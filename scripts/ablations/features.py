@@ -1,11 +1,12 @@
-"""Question 3: which features of the detector a box is read from, and where.
+"""Ablation 3: which features of the detector a box is pooled from, and where.
 
 How many levels, how much of what surrounds the box, how many bins, which alignment of cells.
 """
 
 from __future__ import annotations
 
-from scripts.ablations.harness import Variant, ask
+from scripts.ablations.harness import run_training_ablation
+from scripts.ablations.variant import Variant
 
 VARIANTS = {
     "default: 3 levels, 1.5 of the box, 7 x 7": Variant(),
@@ -18,4 +19,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    ask("features", VARIANTS, __doc__)
+    run_training_ablation("features", VARIANTS, __doc__)

@@ -1,56 +1,52 @@
-"""Question 2: what the head is asked to learn, and which of its outputs ranks and climbs.
+"""Ablation 2: what the head learns, and which of its outputs ranks and is climbed.
 
-The default trains three losses on one trunk (:mod:`iou_refiner.training.losses`): the IoU, the order of the boxes around one
-object, the way to the object. Here each is left out or exchanged.
+The default trains three losses on one trunk (:mod:`iou_refiner.training.losses`): the IoU, the ranking of the boxes
+around one object, and the deltas to the object. Here each is left out or exchanged.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from iou_refiner.head.iou_head import IoUPredictor
+from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.training import losses
 from iou_refiner.training.samples import Samples
-from scripts.ablations.harness import ByIoU, Variant, ask
+from scripts.ablations.harness import run_training_ablation
+from scripts.ablations.variant import Variant
 
 
-def iou_of_all(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
+def iou_of_all(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
     """The IoU also of boxes that mean no object."""
-    loss = losses.fit_loss(head, head.fit_of(read, asked.labels), asked.iou) + losses.way_loss(head.way_of(read), asked)
-    return loss + losses.ORDER_WEIGHT * losses.order_loss(head.energy_of(read), asked, image_index)
+    iou = losses.iou_loss(head, head.iou_logits(embedding, samples.labels), samples.iou)
+    ranking = losses.ranking_loss(head.ranking_logits(embedding), samples, image_index)
+    return iou + losses.deltas_loss(head.deltas(embedding), samples) + losses.RANKING_WEIGHT * ranking
 
 
-def order_by_iou(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """The order asked of the IoU's own logit instead of an energy beside it; wanted: odds of the true IoU."""
-    odds = asked.iou.clamp(0.01, 0.99).logit()
-    order = losses.order_loss(head.fit_of(read, asked.labels), asked, image_index, odds)
-    return losses.total_loss(head, read, asked, image_index) + losses.ORDER_WEIGHT * order
+def ranking_of_iou(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
+    """The ranking loss on the IoU's own logits, not on an output beside them. Its target: the odds of the true IoU."""
+    target = samples.iou.clamp(0.01, 0.99).logit()
+    ranking = losses.ranking_loss(head.iou_logits(embedding, samples.labels), samples, image_index, target)
+    return losses.total_loss(head, embedding, samples, image_index) + losses.RANKING_WEIGHT * ranking
 
 
-def without_iou(head: IoUPredictor, read: Tensor, asked: Samples, image_index: Tensor) -> Tensor:
-    """The energy and the way. The divergence is that of Gustafsson et al., 2020."""
-    order = losses.order_loss(head.energy_of(read), asked, image_index)
-    return losses.ORDER_WEIGHT * order + losses.way_loss(head.way_of(read), asked)
+def without_iou(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
+    """The ranking and the deltas. The divergence is that of Gustafsson et al., 2020."""
+    ranking = losses.ranking_loss(head.ranking_logits(embedding), samples, image_index)
+    return losses.RANKING_WEIGHT * ranking + losses.deltas_loss(head.deltas(embedding), samples)
 
 
-def _with(loss: Any) -> Any:
-    return lambda head: {"loss": loss}
-
-
-_ALONE = {"order": False, "regress": False}
+_IOU_ALONE = {"ranking": False, "deltas": False}
 VARIANTS = {
-    "default: IoU by BCE, order, way": Variant(),
-    "the same, ranked and climbed by the IoU": Variant(make=ByIoU),
-    "the IoU of all boxes": Variant(prepare=_with(iou_of_all)),
+    "default: IoU by BCE, ranking, deltas": Variant(),
+    "the same, ranked and climbed by the IoU": Variant(stage={"rank_by": "iou"}),
+    "the IoU of all boxes": Variant(loss=iou_of_all),
     "smooth-L1 on the IoU": Variant(head={"objective": "smooth_l1"}),
-    "no order": Variant(head={"order": False}),
-    "order of the IoU itself": Variant(head={"order": False}, prepare=_with(order_by_iou)),
-    "order and way, no IoU": Variant(prepare=_with(without_iou)),
-    "BCE alone": Variant(head=_ALONE),
-    "smooth-L1 alone, the paper's": Variant(head=_ALONE | {"objective": "smooth_l1"}),
+    "no ranking": Variant(head={"ranking": False}),
+    "ranking loss on the IoU itself": Variant(head={"ranking": False}, loss=ranking_of_iou),
+    "ranking and deltas, no IoU": Variant(loss=without_iou),
+    "BCE alone": Variant(head=_IOU_ALONE),
+    "smooth-L1 alone, the paper's": Variant(head=_IOU_ALONE | {"objective": "smooth_l1"}),
 }
 
 if __name__ == "__main__":
-    ask("objective", VARIANTS, __doc__)
+    run_training_ablation("objective", VARIANTS, __doc__)

@@ -1,71 +1,75 @@
-"""Question 6: what to rank by, and what to score by. Boxes stay where they are, except where said.
+"""Ablation 6: what to rank by, and what to score by. Boxes stay where they are, unless the name says otherwise.
 
-Asked of the same three heads as question 5. A setting for ranking does not touch the reported scores, and the other
-way round, so that moving boxes, choosing among them and scoring them are told apart.
+It uses the same three heads as ablation 5. A setting for ranking does not touch the reported scores, and a setting for
+scoring does not touch the ranking, so that refining boxes, choosing among them and scoring them are told apart.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from iou_refiner.coco.data import FloatArray
 from iou_refiner.detector.adapter import Suppression
-from iou_refiner.head.iou_head import IoUPredictor
+from iou_refiner.head.iou_head import IoUHead
+from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import Detections, FeatureMaps
-from iou_refiner.training.loop import judgements
+from iou_refiner.training.loop import predict_candidates
 from iou_refiner.training.samples import TrainingSet
-from scripts.ablations.harness import OWN, RANKED, Lab, answer
-from scripts.results.rows import rising_map
+from scripts.ablations.harness import run_stage_ablation
+from scripts.ablations.settings import DETECTOR, RANKED
+from scripts.ablations.testbed import Testbed
+from scripts.results.isotonic import rising_map
 
-_GUIDED = OWN | {"nms": "iou"}
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
 _SCORED = (0.3, 0.5, 0.75)
 _CALIBRATION_IMAGES = 200
-_MOVED = RANKED | {"moves": 1}
+_GUIDED = DETECTOR.replace(nms="iou_guided")
+_REGRESSED = RANKED.replace(regression_steps=1)
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "the detector's own": OWN,
-    "Soft-NMS": OWN | {"nms": "soft", "nms_threshold": 1.0, "rank_alpha": 0.0},
-    **{f"IoU-guided NMS, α {a}": _GUIDED | {"rank_alpha": a} for a in _ALPHAS},
-    **{f"scored, α {a}": OWN | {"score_alpha": a} for a in (*_SCORED, 1.0)},
-    **{f"softly, ranked {a}": RANKED | {"rank_alpha": a, "score_alpha": 0.0} for a in (0.0, *_ALPHAS)},
-    **{f"softly, ranked .5, scored {a}": RANKED | {"score_alpha": a} for a in _SCORED},
-    **{f"the same, scored .3, first at {t}": RANKED | {"nms_threshold": t} for t in (0.6, 1.0)},
-    **{f"regressed, softly, ranked .5, scored {a}": _MOVED | {"score_alpha": a} for a in _SCORED},
+SETTINGS: dict[str, StageSettings] = {
+    "the detector's own": DETECTOR,
+    "Soft-NMS": DETECTOR.replace(nms="none", final_nms="soft"),
+    **{f"IoU-guided NMS, α {a}": _GUIDED.replace(rank_alpha=a) for a in _ALPHAS},
+    **{f"scored, α {a}": DETECTOR.replace(score_alpha=a) for a in (*_SCORED, 1.0)},
+    **{f"Soft-NMS, ranked {a}": RANKED.replace(rank_alpha=a, score_alpha=0.0) for a in (0.0, *_ALPHAS)},
+    **{f"Soft-NMS, ranked .5, scored {a}": RANKED.replace(score_alpha=a) for a in _SCORED},
+    **{f"the same, scored .3, first at {t}": RANKED.replace(nms_threshold=t) for t in (0.6, 1.0)},
+    **{f"regressed, Soft-NMS, ranked .5, scored {a}": _REGRESSED.replace(score_alpha=a) for a in _SCORED},
 }
 
 
-def calibrated(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
-    """Class score, and predicted IoU, mapped to the true IoU they stand for on images of the train split."""
-    data = TrainingSet(lab.cache, lab.train)
-    data.items = data.items[:: len(data) // _CALIBRATION_IMAGES]
-    predicted, _, scores, truth = judgements(head, data).double().numpy()
-    of_score, of_iou = rising_map(scores, truth), rising_map(predicted, truth)
+def calibrated(bed: Testbed, head: IoUHead) -> dict[str, Suppression]:
+    """Class score, and predicted IoU, mapped to the true IoU that they stand for on images of the train split."""
+    data = TrainingSet(bed.cache, bed.train_truth)
+    data.items = data.items[:: max(1, len(data) // _CALIBRATION_IMAGES)]
+    iou, _, scores, true_iou = predict_candidates(head, data).double().numpy()
+    of_score, of_iou = rising_map(scores, true_iou), rising_map(iou, true_iou)
 
-    def mapped(by: Any, values: Tensor) -> Tensor:
+    def mapped(by: Callable[[FloatArray], FloatArray], values: Tensor) -> Tensor:
         return torch.from_numpy(by(values.double().numpy())).to(values)
 
-    detector, ranked = Stage(head, **OWN), Stage(head, **RANKED | {"score_alpha": 0.0})
+    detector, ranked = Stage(head, DETECTOR), Stage(head, RANKED.replace(score_alpha=0.0))
 
     def by_score(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        (kept,) = detector(features, candidates)
-        return [kept.replace(scores=mapped(of_score, kept.scores))]
+        (image,) = detector(features, candidates)
+        return [image.replace(scores=mapped(of_score, image.scores))]
 
     def by_product(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        (kept,) = ranked(features, candidates)
-        assert kept.ious is not None
-        return [kept.replace(scores=kept.scores**0.7 * mapped(of_iou, kept.ious) ** 0.3)]
+        (image,) = ranked(features, candidates)
+        assert image.ious is not None
+        return [image.replace(scores=image.scores**0.7 * mapped(of_iou, image.ious) ** 0.3)]
 
-    return {"isotonic map of the class score": by_score, "softly, ranked .5, scored .3, IoU calibrated": by_product}
+    return {"isotonic map of the class score": by_score, "Soft-NMS, ranked .5, scored .3, IoU calibrated": by_product}
 
 
-def questions(lab: Lab, head: IoUPredictor) -> dict[str, Suppression]:
+def stages(bed: Testbed, head: IoUHead) -> dict[str, Suppression]:
     """A stage for every variant."""
-    return {name: Stage(head, **settings) for name, settings in SETTINGS.items()} | calibrated(lab, head)
+    return {name: Stage(head, settings) for name, settings in SETTINGS.items()} | calibrated(bed, head)
 
 
 if __name__ == "__main__":
-    answer("scores", questions, __doc__)
+    run_stage_ablation("scores", stages, __doc__)

@@ -1,11 +1,11 @@
-"""Print what is claimed of the GPU kernels, measured without a GPU: accuracy, loads, registers.
+"""What is claimed of the GPU kernels, measured without a GPU: accuracy, loads, registers.
 
-Command: python scripts/kernel_report.py
-Needs: pip install -e ".[dev]" and g++.
-Time: about one minute on one core.
-Expect: forward errors below 1e-5 on features in [-4, 4], maps of ones within 1e-6, box gradients within 1e-5 whatever
-the size of the box; at most half the loads of the kernel of 2018 on boxes of 14 cells and more; a box beyond all bounds
-costs no more than one that covers the map; no stack, no spills.
+    python -m scripts.bench.kernel_report
+
+Needs: pip install -e ".[dev]" and g++. About one minute on one core. Expected: forward errors below 1e-5 on features in
+[-4, 4], maps of ones within 1e-6, box gradients within 1e-5 whatever the size of the box; at most half the loads of the
+kernel of 2018 on boxes of 14 cells and more; a box beyond all bounds costs no more than one that covers the map; no
+stack, no spills.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def print_accuracy() -> None:
 def loads_of(library: Library, boxes: torch.Tensor) -> int:
     table = torch.zeros(measure.HEIGHT * measure.WIDTH, 4)
     library.take_loads()
-    cuda_kernels.forward(*measure.one_map(table, boxes), measure.BINS, 0.5)
+    cuda_kernels.forward(measure.one_map(table, boxes), measure.BINS)
     return library.take_loads()
 
 

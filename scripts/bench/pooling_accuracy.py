@@ -1,9 +1,9 @@
 """Accuracy of the portable PrRoIPool in float32, for ever smaller boxes, against the float64 oracle of the tests.
 
-    python scripts/pooling_accuracy.py
+    python -m scripts.bench.pooling_accuracy
 
 About 20 s on one core. Expected: forward error below 2e-6 of the map's range and box gradient error below 1e-5 of the
-largest gradient in every row; the gradient's oracle, central differences, is itself only good to about 1e-6.
+largest gradient in every row. The oracle of the gradient, central differences, is itself only good to about 1e-6.
 """
 
 from __future__ import annotations

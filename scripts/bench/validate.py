@@ -1,6 +1,6 @@
 """Seconds and peak memory of ``validate`` on a large results file.
 
-    python scripts/bench_validate.py [records]
+    python -m scripts.bench.validate [records]
 
 Expected for 1,000,000 records (about 100 MB): under 10 s and under 300 MB, imports included. About 15 s in all.
 """

@@ -1,4 +1,4 @@
-"""What the rows of bench.py are made of: two functions to race, and the boxes and maps they are given."""
+"""What the rows are made of: two functions to race, and the boxes and maps they are given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iou_refiner import FeatureMaps, IoUPredictor
+from iou_refiner import FeatureMaps, IoUHead
 
 HEIGHT, WIDTH, BINS = 800, 1066, 7
 STRIDES = (4.0, 8.0, 16.0, 32.0)
@@ -29,7 +29,7 @@ class Work:
 
 
 def coco_boxes(count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
-    """Boxes of 20 to 490 px, 70 % of them about 15 objects."""
+    """Boxes of 20 to 490 px, 70 % of them around 15 objects."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.rand, generator=generator)
     side, aspect = torch.exp(draw(count) * 3.2 + 3) * min(1, height / HEIGHT), torch.exp((draw(count) - 0.5) * 0.7)
@@ -43,7 +43,7 @@ def coco_boxes(count: int, height: int = HEIGHT, width: int = WIDTH, seed: int =
 
 
 def clusters(count: int, classes: int = 80) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes about one object for every 20, their scores and ranks without ties, and their classes."""
+    """Boxes, 20 around each object, their scores and ranking without ties, and their classes."""
     generator = torch.Generator().manual_seed(0)
     objects = coco_boxes(max(count // 20, 5))
     label = torch.randint(0, classes, (len(objects),), generator=generator)
@@ -51,8 +51,8 @@ def clusters(count: int, classes: int = 80) -> tuple[Tensor, Tensor, Tensor, Ten
     size = (objects[:, 2:] - objects[:, :2])[own]
     boxes = objects[own] + size.repeat(1, 2) * torch.randn(count, 4, generator=generator) * 0.1
     boxes = torch.cat([torch.minimum(boxes[:, :2], boxes[:, 2:] - 1), boxes[:, 2:]], 1)
-    scores, ranks = ((torch.randperm(count, generator=generator) + 1) / (count + 1) for _ in range(2))
-    return boxes, scores, ranks, label[own]
+    scores, ranking = ((torch.randperm(count, generator=generator) + 1) / (count + 1) for _ in range(2))
+    return boxes, scores, ranking, label[own]
 
 
 def random_maps(channels: int, strides: tuple[float, ...], device: torch.device) -> FeatureMaps:
@@ -67,9 +67,9 @@ def ensure(truth: bool) -> None:
     assert truth, "a contender's result is wrong"
 
 
-def lively(head: IoUPredictor) -> IoUPredictor:
-    """With steeper outputs: an untrained head changes so little that its boxes converge at once, at no cost."""
+def lively(head: IoUHead) -> IoUHead:
+    """With steeper outputs: the prediction of an untrained head changes so little that boxes converge at once."""
     with torch.no_grad():
-        for output in (head.output, head.energy):
+        for output in (head.iou_output, head.ranking_output):
             output.weight *= 30
     return head.eval()

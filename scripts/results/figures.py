@@ -1,10 +1,10 @@
 """The figures of docs/accuracy.md, after those of the paper.
 
-    python scripts/experiments/figures.py faster_rcnn HEAD --cache CACHE
+    python -m scripts.results.figures faster_rcnn HEAD --cache CACHE
 
-Score and predicted IoU against the true IoU (its Fig. 2) and what suppression leaves, by true IoU (Fig. 3), from a head
-and the test split; AP against iterations (Fig. 4), from the rows of the laboratory; AP against the IoU threshold,
-before and after, from the record of ``scripts/gain.py``.
+Score and predicted IoU against the true IoU (its Fig. 2), and what suppression leaves, by true IoU (Fig. 3), from a
+head and the test split; AP against iterations (Fig. 4), from the rows of the ablation of the ascent; AP against the IoU
+threshold, before and after, from the record of ``python -m scripts.results.gain``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ import torch
 
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.detector.sources import FeatureCache
-from iou_refiner.head.iou_head import IoUPredictor
+from iou_refiner.head.checkpoint import load_head
+from iou_refiner.head.iou_head import IoUHead
+from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
-from iou_refiner.training.samples import TrainingSet, true_iou
-from scripts.ablations.harness import DATA, ROOT, detector_of
-from scripts.results.tables import rows_of, value_of
+from iou_refiner.training.samples import TrainingSet
+from scripts.ablations.records import Records, value_of
+from scripts.ablations.testbed import COCO_PERSON, small_detector
+from scripts.paths import RESULTS, ROOT
 
 FIGURES = ROOT / "docs" / "figures"
 _BEFORE, _AFTER, _THIRD = "#8c8c8c", "#1f6feb", "#d9822b"
-_UNMOVED: dict[str, Any] = {"moves": 0, "steps": 0, "score_alpha": 0.0, "nms_threshold": 0.5}
-_SUPPRESSIONS: dict[str, dict[str, Any]] = {
-    "no NMS": {"nms": "none", "max_detections": 1000},
-    "greedy NMS": {"nms": "greedy"},
-    "IoU-guided NMS": {"nms": "iou", "rank_alpha": 1.0},
+_DETECTOR = StageSettings.detector_only()
+_SUPPRESSIONS = {
+    "no NMS": _DETECTOR.replace(nms="none", max_detections=1000),
+    "greedy NMS": _DETECTOR,
+    "IoU-guided NMS": _DETECTOR.replace(nms="iou_guided", rank_alpha=1.0),
 }
 
 
@@ -49,7 +52,7 @@ def correlation(candidates: np.ndarray, name: str) -> None:
 
 
 def survivors(by_rule: dict[str, np.ndarray], name: str) -> None:
-    """Fig. 3: boxes left by each rule of suppression, by their true IoU."""
+    """Fig. 3: boxes that each rule of suppression leaves, by their true IoU."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
     edges = np.arange(0.5, 1.001, 0.1)
     width = 0.026
@@ -64,13 +67,13 @@ def survivors(by_rule: dict[str, np.ndarray], name: str) -> None:
 def iterations(name: str) -> None:
     """Fig. 4: AP on val against iterations, of the ascent and of regression; seeds thin, their mean thick."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
-    rows = rows_of("ascent", name)
-    for form, color in (("ascent, {} steps of .05", _AFTER), ("regression, {} steps", _THIRD)):
-        counts = [n for n in (1, 2, 3, 5, 10, 20) if form.format(n) in rows]
-        series = [[value_of(row, "stage.AP") for row in rows[v]] for v in ("no move", *map(form.format, counts))]
-        values = np.array(series, dtype=float)
-        axis.plot([0, *counts], values, color=color, alpha=0.25, linewidth=1)
-        axis.plot([0, *counts], values.mean(1), color=color, marker="o", label=form.partition(",")[0])
+    rows = Records().by_variant("ascent", name)
+    for form, color in (("ascent, {} step{} of .05", _AFTER), ("regression, {} step{}", _THIRD)):
+        variants = {0: "no move"} | {n: form.format(n, "s" * (n > 1)) for n in (1, 2, 3, 5, 10, 20)}
+        counts = [n for n, variant in variants.items() if variant in rows]
+        values = np.array([[value_of(row, "stage.AP") for row in rows[variants[n]]] for n in counts], dtype=float)
+        axis.plot(counts, values, color=color, alpha=0.25, linewidth=1)
+        axis.plot(counts, values.mean(1), color=color, marker="o", label=form.partition(",")[0])
     axis.set(xlabel="iterations", ylabel="AP on val")
     axis.legend(frameon=False)
     save(figure, f"{name}-iterations")
@@ -78,7 +81,7 @@ def iterations(name: str) -> None:
 
 def thresholds(name: str) -> None:
     """AP on test at each IoU threshold, before and after."""
-    record = json.loads((ROOT / "docs" / "results" / f"coco-person-{name.replace('_', '-')}.json").read_text())
+    record = json.loads((RESULTS / f"coco-person-{name.replace('_', '-')}.json").read_text())
     figure, axis = plt.subplots(figsize=(6, 3.4))
     at = ("AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
     x = [int(metric[2:]) / 100 for metric in at]
@@ -98,18 +101,17 @@ def save(figure: Any, name: str) -> None:
     plt.close(figure)
 
 
-def looked_at(head: IoUPredictor, data: TrainingSet) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Score, predicted and true IoU of all candidates (3, N), and the true IoUs of what each suppression leaves."""
-    stages = {rule: Stage(head, **_UNMOVED | settings) for rule, settings in _SUPPRESSIONS.items()}
+def suppressed(head: IoUHead, data: TrainingSet) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Score, predicted and true IoU of all candidates (3, N), and the true IoU of what each suppression leaves."""
+    stages = {rule: Stage(head, settings) for rule, settings in _SUPPRESSIONS.items()}
     columns, left = [], {rule: [] for rule in stages}
-    for index in range(len(data)):
-        extraction, objects = data.load(index)
+    for extraction, targets in map(data.load, range(len(data))):
         for rule, stage in stages.items():
-            (kept,) = stage(extraction.features, [extraction.candidates])
-            truth = true_iou(kept.boxes, kept.labels, objects)
+            (detections,) = stage(extraction.features, [extraction.candidates])
+            truth = targets.true_iou(detections.boxes, detections.labels)
             left[rule].append(truth)
             if rule == "no NMS":
-                columns.append(torch.stack([kept.scores, kept.ious, truth]))
+                columns.append(torch.stack([detections.scores, detections.ious, truth]))
     candidates = torch.cat(columns, 1)
     return candidates[:, candidates.isfinite().all(0)].numpy(), {r: torch.cat(t).numpy() for r, t in left.items()}
 
@@ -121,9 +123,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     options = parser.parse_args()
     plt.rcParams |= {"svg.hashsalt": "iou-refiner", "axes.spines.top": False, "axes.spines.right": False}
-    cache = FeatureCache(options.cache, detector_of(options.detector))
-    test = TrainingSet(cache, read_ground_truth(DATA / "instances_test.json"))
-    candidates, left = looked_at(IoUPredictor.load(options.head), test)
+    cache = FeatureCache(options.cache, small_detector(options.detector))
+    test = TrainingSet(cache, read_ground_truth(COCO_PERSON / "instances_test.json"))
+    candidates, left = suppressed(load_head(options.head), test)
     correlation(candidates, options.detector)
     survivors(left, options.detector)
     iterations(options.detector)

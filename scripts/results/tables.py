@@ -1,11 +1,11 @@
 """The tables of the README and of docs/, from the records in docs/results.
 
-    python scripts/experiments/tables.py          # rewrites what stands between the marks
-    python scripts/experiments/tables.py --check  # fails if a document says something else than the records
+    python -m scripts.results.tables          # rewrites what stands between the marks
+    python -m scripts.results.tables --check  # fails if a document says something else than the records
 
-``<!-- table QUESTION DETECTOR -->`` to ``<!-- end -->`` holds the rows of the laboratory: means over seeds, with the
-standard deviation where there are several. ``<!-- gain NAME -->`` holds what ``scripts/gain.py --json`` wrote
-to docs/results/NAME.json, ``<!-- bench NAME OTHER -->`` what two runs of ``scripts/bench.py --json`` did.
+``<!-- ablation NAME DETECTOR -->`` to ``<!-- end -->`` holds the rows of an ablation: means over seeds, with the
+standard deviation where there are several. ``<!-- gain NAME -->`` holds docs/results/NAME.json, which ``python -m
+scripts.results.gain --json`` wrote, ``<!-- bench NAME OTHER -->`` two such files of ``python -m scripts.bench --json``.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
-ROWS = RESULTS / "experiments.jsonl"
+from scripts.ablations.records import Records, Row, value_of
+from scripts.paths import RESULTS, ROOT
+
+RECORDS = Records()
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "performance.md")
-_MARKED = re.compile(r"(<!-- (table|gain|bench) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (ablation|gain|bench) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-Row = dict[str, Any]
 # Heading, where the figure stands in a row, factor, decimals.
 Column = tuple[str, str, float, int]
 _TRAINED: tuple[Column, ...] = (
     ("Pearson: IoU", "pearson", 1, 3),
-    ("energy", "pearson_worth", 1, 3),
+    ("ranking", "pearson_ranking", 1, 3),
     ("regression: gain", "regression.gain", 100, 1),
     ("worse %", "regression.worse", 100, 0),
     ("ascent: gain", "ascent.gain", 100, 1),
@@ -40,11 +38,8 @@ _TRAINED: tuple[Column, ...] = (
     ("AP90", "moved.AP90", 1, 1),
 )
 _COST: Column = ("ms / 1,000 boxes", "ms_per_1000_boxes", 1, 0)
-_ASKED: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("AP", "AP50", "AP75", "AP90"))
-_GAIN_AT = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
+_STAGE: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("AP", "AP50", "AP75", "AP90"))
 _BY_SIZE: tuple[Column, ...] = tuple((name, f"stage.{name}", 1, 1) for name in ("APs", "APm", "APl"))
-
-
 _DETECTOR: tuple[Column, ...] = (
     *((metric, f"own.{metric}", 1.0, 1) for metric in ("AP", "AP50", "AP90")),
     *((f"{metric} with the stage", f"moved.{metric}", 1.0, 1) for metric in ("AP", "AP50", "AP90")),
@@ -54,39 +49,14 @@ _DETECTOR: tuple[Column, ...] = (
     ("Pearson: class score", "pearson_score", 1, 3),
     ("IoU", "pearson", 1, 3),
 )
-
-
-def columns(question: str) -> tuple[Column, ...]:
-    """What a question is answered in."""
-    if question in ("ascent", "scores"):
-        return _ASKED
-    if question == "detector":
-        return _DETECTOR
-    if question == "ceilings":
-        return _ASKED + _BY_SIZE
-    return (*_TRAINED, _COST) if question == "trunk" else _TRAINED
-
-
-def rows() -> list[Row]:
-    """All rows there are."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
-def rows_of(question: str, detector: str) -> dict[str, list[Row]]:
-    """The rows of a question by variant, in the order in which they were first run."""
-    found: dict[str, list[Row]] = {}
-    for row in rows():
-        if (row["question"], row["detector"]) == (question, detector):
-            found.setdefault(row["variant"], []).append(row)
-    return found
-
-
-def value_of(row: Row, path: str) -> float | None:
-    """A figure of a row, by its path; None where the row has none."""
-    value: Any = row
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+_COLUMNS = {
+    "trunk": (*_TRAINED, _COST),
+    "ascent": _STAGE,
+    "scores": _STAGE,
+    "ceilings": _STAGE + _BY_SIZE,
+    "detector": _DETECTOR,
+}
+_GAIN_AT = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 
 
 def cell(rows: Iterable[Row], column: Column) -> str:
@@ -99,12 +69,12 @@ def cell(rows: Iterable[Row], column: Column) -> str:
     return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(set(values)) > 1 else mean
 
 
-def table(question: str, detector: str) -> str:
-    """The answers to a question."""
-    variants = rows_of(question, detector)
-    wanted = columns(question)
-    body = [[variant, *(cell(rows, column) for column in wanted)] for variant, rows in variants.items()]
-    return markdown(["", *(heading for heading, *_ in wanted)], body)
+def ablation(name: str, detector: str) -> str:
+    """What was measured of each variant of an ablation."""
+    columns = _COLUMNS.get(name, _TRAINED)
+    variants = RECORDS.by_variant(name, detector)
+    body = [[variant, *(cell(rows, column) for column in columns)] for variant, rows in variants.items()]
+    return markdown(["", *(heading for heading, *_ in columns)], body)
 
 
 def gain(name: str) -> str:
@@ -148,8 +118,8 @@ def markdown(heading: list[str], body: list[list[str]]) -> str:
 
 def filled(document: str) -> str:
     """A document with every marked table made anew."""
-    make = {"table": table, "gain": gain, "bench": bench}
-    return _MARKED.sub(lambda found: found[1] + make[found[2]](*found[3].split()) + found[4], document)
+    make = {"ablation": ablation, "gain": gain, "bench": bench}
+    return _MARKED.sub(lambda mark: mark[1] + make[mark[2]](*mark[3].split()) + mark[4], document)
 
 
 def main() -> None:
@@ -157,7 +127,7 @@ def main() -> None:
         before = path.read_text()
         after = filled(before)
         if "--check" in sys.argv and after != before:
-            sys.exit(f"{path.name} and the records in docs/results disagree. Run {Path(__file__).name}.")
+            sys.exit(f"{path.name} and the records in docs/results disagree. Run: python -m scripts.results.tables")
         path.write_text(after)
 
 

@@ -1,28 +1,30 @@
-"""What the adapter contract asks of each framework: an adapter, images, and the framework's own answer to them."""
+"""What the adapter contract needs of each framework: an adapter, images, and the framework's own result for them."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import ops
 
-from iou_refiner import Detections, FeatureMaps
-from tests.kit.paths import ROOT, SHARED
+from examples import small_detectors
+from iou_refiner import Adapter, Detections, FeatureMaps
+from iou_refiner.detector.adapter import Suppression
+from tests.kit.needs import DEV, needs_package, needs_shared
 
 #: Every case built in this run, by name.
 MEASURED: dict[str, Case] = {}
 
 
 class Case:
-    """An adapter with images as its detector takes them, and the detector's own suppression as a stage.
+    """An adapter with images as its detector takes them, and the detector's own suppression as a function.
 
-    The methods fit torchvision; a framework that is called otherwise, or answers in another form, overrides them.
+    The methods fit torchvision; a framework that is called otherwise, or returns another form, overrides them.
     """
 
     #: Largest difference from the detector's own result, in pixels and scores; 0 is bit for bit.
@@ -31,36 +33,42 @@ class Case:
     replaced = "postprocess_detections"
     #: The distribution the framework comes in, and what was measured of this case.
     package, measured = "torchvision", {}
+    #: What the detector is called with beside images.
+    options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, adapter: Any, rgb: list[np.ndarray]):
+    def __init__(self, adapter: Adapter, rgb: list[np.ndarray]):
         self.adapter, self.rgb = adapter, rgb
         self.measured = {}
         self.images = [adapter.prepare(pixels)[0] for pixels in rgb]
 
-    def ask(self, detector: Any, images: Any) -> Any:
+    def call(self, detector: Any, images: Any) -> Any:
         """Call a detector, or what stands in its place, as the framework does."""
         with torch.no_grad():
-            return detector(images)
+            return detector(images, **self.options)
 
     def own(self) -> Any:
         """The detector's own result for all images, without any of our code."""
-        return self.ask(self.adapter.detector, self.images)
+        return self.call(self.adapter.detector, self.images)
 
     def own_one(self) -> Any:
         """The same for the first image alone."""
-        return self.ask(self.adapter.detector, self.images[:1])
+        return self.call(self.adapter.detector, self.images[:1])
 
-    def call(self, stage: Any, images: Any) -> Any:
-        """The adapter's call with ``stage`` in place of the suppression."""
-        return self.adapter.run(stage, images)
+    def detect(self) -> Any:
+        """The same for all images, from the adapter."""
+        return self.adapter.detect(self.images, **self.options)
+
+    def run(self, suppression: Suppression, images: Any) -> Any:
+        """The adapter's call with ``suppression`` in place of the detector's own."""
+        return self.adapter.run(suppression, images, **self.options)
 
     def own_suppression(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        """The detector's own suppression, written as a stage."""
+        """The detector's own suppression, written as the contract has it."""
         own = getattr(self.adapter.detector, "roi_heads", self.adapter.detector)
         keep = [ops.batched_nms(c.boxes, c.scores, c.labels, own.nms_thresh) for c in candidates]
         return [c[rows[: own.detections_per_img]] for c, rows in zip(candidates, keep, strict=True)]
 
-    def read(self, results: Any) -> list[dict[str, Tensor]]:
+    def as_dicts(self, results: Any) -> list[dict[str, Tensor]]:
         """A result of the framework as one dict per image: ``boxes`` (N, 4) xyxy in pixels of the detector's input,
         ``scores``, ``labels``, ``ious`` where there are any, and whatever else follows the boxes, N rows each."""
         return list(results)
@@ -80,11 +88,11 @@ class Case:
         monkeypatch.setattr(own, "score_thresh", 1.0)
 
 
-def largest_difference(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> float:
+def largest_difference(results: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> float:
     """Between the boxes and scores of two results of the same form."""
     gaps = [
         (one[key].double() - other[key].double()).abs().max().item()
-        for one, other in zip(found, expected, strict=True)
+        for one, other in zip(results, expected, strict=True)
         for key in ("boxes", "scores")
     ]
     return max(gaps)
@@ -97,31 +105,26 @@ def noise(*sizes: tuple[int, int]) -> list[np.ndarray]:
 
 
 def photographs() -> list[np.ndarray]:
-    """Two photographs of people, of different shapes."""
-    image = pytest.importorskip("PIL.Image")
-    folder = SHARED / "data" / "coco-person"
+    """Two photographs of people, of different shapes; a skip where there are none."""
+    folder = needs_shared() / "data" / "coco-person"
     listed = json.loads((folder / "instances_val.json").read_text())["images"]
-    wide = next(found for found in listed if found["width"] > found["height"])
-    tall = next(found for found in listed if found["width"] < found["height"])
-    return [np.array(image.open(folder / "images" / found["file_name"]).convert("RGB")) for found in (wide, tall)]
+    wide = next(image for image in listed if image["width"] > image["height"])
+    tall = next(image for image in listed if image["width"] < image["height"])
+    return [np.array(Image.open(folder / "images" / image["file_name"]).convert("RGB")) for image in (wide, tall)]
 
 
 def example(name: str) -> Any:
     """A trained detector of examples/small_detectors.py; a skip where there is none."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no trained detectors: {SHARED} is not there (IOU_REFINER_SHARED names another place)")
+    needs_shared()
     if name == "faster_rcnn":
-        pytest.importorskip("efficientnet_lite_pytorch", reason="its backbone needs efficientnet-lite-pytorch")
-    spec = importlib.util.spec_from_file_location("small_detectors", ROOT / "examples" / "small_detectors.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)()
+        needs_package("efficientnet_lite_pytorch", install=DEV)
+    return getattr(small_detectors, name)()
 
 
-def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], tolerance: float = 0.0) -> None:
+def assert_same(results: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], tolerance: float = 0.0) -> None:
     """The same keys, dtypes and shapes, and values no further apart than ``tolerance``."""
-    assert [sorted(result) for result in found] == [sorted(result) for result in expected]
-    for one, other in zip(found, expected, strict=True):
+    assert [sorted(result) for result in results] == [sorted(result) for result in expected]
+    for one, other in zip(results, expected, strict=True):
         for key in one:
             torch.testing.assert_close(
                 one[key], other[key], atol=tolerance, rtol=0, msg=lambda text, k=key: f"{k}: {text}"
@@ -129,10 +132,10 @@ def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]
 
 
 def keep_all(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-    """A stage that suppresses nothing."""
+    """A suppression that suppresses nothing."""
     return candidates
 
 
 def keep_none(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-    """A stage that finds nothing."""
-    return [found[:0] for found in candidates]
+    """A suppression that leaves no box."""
+    return [image[:0] for image in candidates]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from iou_refiner import Detections, FeatureMaps
 from iou_refiner.adapters.detectron2 import Detectron2Adapter
 from tests.adapters.case import Case, noise
+from tests.kit.needs import needs_package
 
 CLASSES = 3
 SIZES = {"min_size": 96, "max_size": 160}
@@ -59,9 +60,7 @@ RETINANET = {
     "MODEL.RETINANET.SCORE_THRESH_TEST": 0.6,
     "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 60,
 }
-
-
-#: The layers that answer: how far their weights are drawn apart, and their bias.
+#: The last layers of the heads: how far their weights are drawn apart, and their bias.
 OUTPUTS = {
     "objectness_logits": (0.3, 0.0),
     "anchor_deltas": (0.01, 0.0),
@@ -82,9 +81,10 @@ def detectron2_warns() -> Iterator[None]:
 
 
 def tiny_config(*changes: Mapping[str, Any]) -> Any:
-    """Detectron2's default config with a tiny backbone, the parts ``changes``, and no weights to load."""
+    """Detectron2's default config with a tiny backbone, the parts ``changes``, and no weights to load; a skip where
+    there is no Detectron2."""
     with detectron2_warns():
-        pytest.importorskip("detectron2.modeling", reason="needs Detectron2 (adapters/detectron2.py says how)")
+        needs_package("detectron2.modeling")
     from detectron2.config import get_cfg
     from detectron2.modeling import BACKBONE_REGISTRY
 
@@ -170,7 +170,7 @@ def build_fcos(cfg: Any, num_classes: int = CLASSES) -> Any:
 
 
 def tiny_detectron2(cfg: Any, build: Callable[[Any], Any] | None = None) -> Any:
-    """A detector with random weights, uneven enough to find something in noise."""
+    """A detector with random weights, uneven enough to detect something in noise."""
     from detectron2.modeling import build_model
 
     with torch.random.fork_rng():
@@ -204,19 +204,19 @@ class Detectron2Case(Case):
             threshold, limit = own.test_nms_thresh, own.test_topk_per_image
         else:
             threshold, limit = detector.test_nms_thresh, detector.max_detections_per_image
-        keep = [batched_nms(found.boxes, found.scores, found.labels, threshold)[:limit] for found in candidates]
-        return [found[rows] for found, rows in zip(candidates, keep, strict=True)]
+        keep = [batched_nms(image.boxes, image.scores, image.labels, threshold)[:limit] for image in candidates]
+        return [image[rows] for image, rows in zip(candidates, keep, strict=True)]
 
     def predictors(self) -> list[Any]:
         """The box predictors: one, or one for each stage of a cascade."""
         predictor = self.adapter.detector.roi_heads.box_predictor
         return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
-    def read(self, results: Any) -> list[dict[str, Tensor]]:
+    def as_dicts(self, results: Any) -> list[dict[str, Tensor]]:
         names = {"pred_boxes": "boxes", "pred_classes": "labels"}
         return [
-            {names.get(name, name): getattr(value, "tensor", value) for name, value in found.get_fields().items()}
-            for found in (result["instances"] for result in results)
+            {names.get(name, name): getattr(value, "tensor", value) for name, value in instances.get_fields().items()}
+            for instances in (result["instances"] for result in results)
         ]
 
     def state(self) -> Any:

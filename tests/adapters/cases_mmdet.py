@@ -22,6 +22,7 @@ from iou_refiner import Detections, FeatureMaps, IoURefiner
 from iou_refiner.adapters.mmdet import MmdetAdapter
 from tests.adapters import mmcv_ext_stand_in
 from tests.adapters.case import Case, noise
+from tests.kit.needs import needs_package
 
 #: What mmdet 3.3.0 does that its dependencies have deprecated since, as pytest's filters.
 WARNINGS = (
@@ -111,13 +112,13 @@ OUTPUTS = {
 
 def import_mmdet() -> Any:
     """mmdet with all its detectors; a skip where there is no mmdet."""
-    pytest.importorskip("mmcv", reason="needs mmdet and mmcv (adapters/mmdet.py says which)")
+    needs_package("mmcv")
     mmcv_ext_stand_in.install()
     with warnings.catch_warnings():
         # mmdet imports a layer from where mmcv used to have it, and Detectron2 where that is installed.
         warnings.filterwarnings("ignore", "``MultiScaleDeformableAttention`` has been moved", ImportWarning)
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-        importlib.import_module("mmdet.models")
+        needs_package("mmdet.models")
     mmdet, registry = importlib.import_module("mmdet"), importlib.import_module("mmdet.registry")
     registry.MODELS.register_module(module=Patches, force=True)
     return mmdet
@@ -160,7 +161,7 @@ def small_config(name: str) -> Any:
 
 
 def small_detector(name: str) -> Any:
-    """A detector with random weights, uneven enough to find something in noise."""
+    """A detector with random weights, uneven enough to detect something in noise."""
     config = small_config(name)
     from mmdet.registry import MODELS
     from mmengine.model import revert_sync_batchnorm
@@ -188,16 +189,16 @@ def small_detector(name: str) -> Any:
 
 
 class MmdetCase(Case):
-    """mmdet is asked by ``test_step`` of a collated batch, and answers with one ``DetDataSample`` per image."""
+    """mmdet is called by ``test_step`` with a collated batch, and returns one ``DetDataSample`` per image."""
 
-    package, replaced = "mmdet", "roi_head.predict_bbox or bbox_head.predict, asked without NMS"
+    package, replaced = "mmdet", "roi_head.predict_bbox or bbox_head.predict, called without NMS"
 
     def __init__(self, name: str, sizes: list[tuple[int, int]] = SIZES):
         super().__init__(MmdetAdapter(small_detector(name)), noise(*sizes))
         # YOLOX divides boxes by the scale, where all others multiply by its inverse: a float32 apart.
         self.tolerance = 1e-4 if name == "yolox" else 0.0
 
-    def ask(self, detector: Any, images: Any) -> Any:
+    def call(self, detector: Any, images: Any) -> Any:
         from mmengine.dataset import pseudo_collate
 
         data = pseudo_collate(images)
@@ -207,18 +208,18 @@ class MmdetCase(Case):
     def own_suppression(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         from mmcv.ops import batched_nms
 
-        detector, kept = self.adapter.detector, []
+        detector, detections = self.adapter.detector, []
         limits = detector.test_cfg.rcnn if hasattr(detector, "roi_head") else detector.test_cfg
-        for found in candidates:
-            if len(found):
-                _, rows = batched_nms(found.boxes, found.scores, found.labels, limits.nms)
-                found = found[rows]
-            kept.append(found[: limits.get("max_per_img")])
-        return kept
+        for image in candidates:
+            if len(image):
+                _, rows = batched_nms(image.boxes, image.scores, image.labels, limits.nms)
+                image = image[rows]
+            detections.append(image[: limits.get("max_per_img")])
+        return detections
 
-    def read(self, results: Any) -> list[dict[str, Tensor]]:
-        found = [dict(result.pred_instances.items()) for result in results]
-        return [{"boxes": one.pop("bboxes"), **one} for one in found]
+    def as_dicts(self, results: Any) -> list[dict[str, Tensor]]:
+        instances = [dict(result.pred_instances.items()) for result in results]
+        return [{"boxes": image.pop("bboxes"), **image} for image in instances]
 
     def silence(self, monkeypatch: pytest.MonkeyPatch) -> None:
         detector = self.adapter.detector

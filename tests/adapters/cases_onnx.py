@@ -1,6 +1,6 @@
 """The ONNX adapter as cases of the contract: one small graph of each layout, and a trained YOLOX.
 
-What each detector answers by itself is computed here from the graph's own outputs, step by step for one layout alone.
+The result of each detector by itself is computed here from the graph's own outputs, step by step for one layout alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def resized(rgb: np.ndarray, height: int, width: int) -> Tensor:
     return torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear")[0]
 
 
-def kept(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> dict[str, Tensor]:
+def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> dict[str, Tensor]:
     keep = ops.batched_nms(boxes, scores, labels, threshold)
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
@@ -56,12 +56,12 @@ def yolov8(session: Any, rgb: np.ndarray, threshold: float) -> dict[str, Tensor]
     sides = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
     limits = [(left, left + inner[1]), (top, top + inner[0])] * 2
     boxes = torch.stack([side.clamp(*limit) for side, limit in zip(sides, limits, strict=True)], 1)
-    sound = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))[:, None]
+    valid = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))[:, None]
     scores = torch.stack(classes, 1)
-    rows, labels = torch.nonzero((scores > threshold) & sound, as_tuple=True)
-    found = kept(boxes[rows], scores[rows, labels], labels, 0.7)
+    rows, labels = torch.nonzero((scores > threshold) & valid, as_tuple=True)
+    result = suppressed(boxes[rows], scores[rows, labels], labels, 0.7)
     scale = inner[1] / width, inner[0] / height
-    return found | {"boxes": to_image(found["boxes"], scale, (left, top), rgb)}
+    return result | {"boxes": to_image(result["boxes"], scale, (left, top), rgb)}
 
 
 def squashed(rgb: np.ndarray) -> tuple[Tensor, tuple[float, float]]:
@@ -82,13 +82,13 @@ def detr(session: Any, rgb: np.ndarray, threshold: float) -> dict[str, Tensor]:
     return {"boxes": boxes, "scores": scores[rows, labels][order], "labels": labels[order]}
 
 
-def suppressed(session: Any, rgb: np.ndarray, threshold: float) -> dict[str, Tensor]:
+def suppressed_in_graph(session: Any, rgb: np.ndarray, threshold: float) -> dict[str, Tensor]:
     pixels, scale = squashed(rgb)
     boxes, labels, scores = map(torch.from_numpy, session.run(None, {"images": pixels.numpy()}))
     boxes = ops.clip_boxes_to_image(boxes, (HEIGHT, WIDTH))
     order = scores.argsort(descending=True)
-    sound = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (scores > threshold)
-    order = order[sound[order]]
+    valid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (scores > threshold)
+    order = order[valid[order]]
     return {"boxes": to_image(boxes[order], scale, (0, 0), rgb), "scores": scores[order], "labels": labels[order]}
 
 
@@ -102,9 +102,9 @@ class OnnxCase(Case):
         self.session = onnxruntime.InferenceSession(adapter.path.read_bytes()) if reference else None
         self.reference = reference
 
-    def ask(self, detector: Any, images: Any) -> Any:
+    def call(self, detector: Any, images: Any) -> Any:
         if detector is not self.adapter or self.reference is None:
-            return super().ask(detector, images)
+            return super().call(detector, images)
         return [self.reference(self.session, rgb, self.adapter.layout.score_threshold) for rgb in images]
 
     def own_suppression(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
@@ -124,7 +124,7 @@ def made(model: Any, reference: Any, layout: OnnxLayout | str, **changes: Any) -
 def made_suppressed() -> Case:
     layout = OnnxLayout(boxes="boxes", scores="scores", labels="labels", features=MAPS, nms_threshold=None)
     with pytest.warns(UserWarning, match="nothing left to suppress"):
-        return made(tiny_suppressed(), suppressed, layout)
+        return made(tiny_suppressed(), suppressed_in_graph, layout)
 
 
 CASES: dict[str, Callable[[], Case]] = {

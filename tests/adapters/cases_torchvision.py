@@ -120,8 +120,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_it_speak(head: nn.Module) -> None:
-    """Uneven scores and boxes from the head of a one-stage detector, which when new finds nothing."""
+def make_uneven(head: nn.Module) -> None:
+    """Uneven scores and boxes from the head of a one-stage detector, which when new detects nothing."""
     for name, module in head.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -130,7 +130,7 @@ def make_it_speak(head: nn.Module) -> None:
 
 
 def tiny(name: str) -> TorchvisionAdapter:
-    """A detector with random weights, uneven enough to find something in noise."""
+    """A detector with random weights, uneven enough to detect something in noise."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         detector = BUILDERS[name]()
@@ -139,7 +139,7 @@ def tiny(name: str) -> TorchvisionAdapter:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
         if hasattr(detector, "head"):
-            make_it_speak(detector.head)
+            make_uneven(detector.head)
     return TorchvisionAdapter(detector.eval())
 
 

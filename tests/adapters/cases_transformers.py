@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from iou_refiner import Detections, FeatureMaps
 from iou_refiner.adapters.transformers import TransformersAdapter
 from tests.adapters.case import Case, noise
+from tests.kit.needs import needs_package
 
 CLASSES, QUERIES, WIDTH = 3, 12, 32
 TRANSFORMER = {
@@ -33,7 +33,7 @@ SQUASHED = {"height": 128, "width": 192}
 SHORTEST = {"shortest_edge": 128, "longest_edge": 224}
 
 
-def rt_detr(version: str) -> tuple[Any, Any]:
+def rt_detr(transformers: Any, version: str) -> tuple[Any, Any]:
     backbone = transformers.RTDetrResNetConfig(
         embedding_size=8, layer_type="basic", out_features=["stage2", "stage3", "stage4"], **STAGES
     )
@@ -41,7 +41,7 @@ def rt_detr(version: str) -> tuple[Any, Any]:
     return config, transformers.RTDetrImageProcessor(size=SQUASHED)
 
 
-def d_fine() -> tuple[Any, Any]:
+def d_fine(transformers: Any) -> tuple[Any, Any]:
     backbone = transformers.HGNetV2Config(
         stem_channels=[3, 8, 8],
         stage_in_channels=[8, 8, 16, 24],
@@ -58,15 +58,15 @@ def d_fine() -> tuple[Any, Any]:
     return config, transformers.RTDetrImageProcessor(size=SQUASHED)
 
 
-def detr(kind: str, stages: list[str], **options: Any) -> tuple[Any, Any]:
+def detr(transformers: Any, kind: str, stages: list[str], **options: Any) -> tuple[Any, Any]:
     backbone = transformers.ResNetConfig(embedding_size=8, layer_type="basic", out_features=stages, **STAGES)
     config = getattr(transformers, f"{kind}Config")(backbone_config=backbone, **TRANSFORMER, **options)
     return config, getattr(transformers, f"{kind}ImageProcessor")(size=SHORTEST)
 
 
-def perturbed(config: Any, seed: int) -> Any:
-    """A model with random weights, uneven enough to find something in noise, and its boxes small, within the image."""
-    # Coarse maps weigh little in the fine ones, so that a patch of the image is found where it is.
+def perturbed(transformers: Any, config: Any, seed: int) -> Any:
+    """A model with random weights, uneven enough to detect something in noise; boxes are small, within the image."""
+    # Coarse maps weigh little in the fine ones, so that a patch of the image shows where it is.
     spread = {"class": 2, "bbox_predictor": 1, "lateral_convs": 0.25, "bbox": 0.25, "reference_points": 0.1}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -89,20 +89,15 @@ def perturbed(config: Any, seed: int) -> Any:
 
 
 class TransformersCase(Case):
-    """A model and its processor, asked for detections at every score."""
+    """A model and its processor, called for detections at every score."""
 
     package, replaced = "transformers", "post_process_object_detection"
 
     # Boxes go from fractions of the image to pixels of the network and back: float32 rounds them differently.
     tolerance = 1e-4
+    options: ClassVar[dict[str, Any]] = {"threshold": 0.0}
 
-    def ask(self, detector: Any, images: Any) -> Any:
-        return detector(images, threshold=0.0)
-
-    def call(self, stage: Any, images: Any) -> Any:
-        return self.adapter.run(stage, images, threshold=0.0)
-
-    def detect(self, images: list[Any]) -> list[dict[str, Tensor]]:
+    def as_documented(self, images: list[Any]) -> list[dict[str, Tensor]]:
         """The lines of transformers' own documentation."""
         inputs = self.adapter.processor(images=images, return_tensors="pt")
         with torch.no_grad():
@@ -111,10 +106,10 @@ class TransformersCase(Case):
         return self.adapter.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
 
     def own(self) -> Any:
-        return self.detect(self.images)
+        return self.as_documented(self.images)
 
     def own_one(self) -> Any:
-        return self.detect(self.images[:1])
+        return self.as_documented(self.images[:1])
 
     def own_suppression(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
         """There is none: what transformers selects it does not suppress."""
@@ -127,25 +122,26 @@ class TransformersCase(Case):
                 monkeypatch.setitem(layer._parameters, "bias", torch.full_like(layer.bias, torch.nan))
 
 
-def case_of(build: Callable[[], tuple[Any, Any]], seed: int = 1) -> Callable[[], TransformersCase]:
+def case_of(
+    build: Callable[..., tuple[Any, Any]], *arguments: Any, seed: int = 1, **options: Any
+) -> Callable[[], TransformersCase]:
     """Noise of three sizes, so that images of one batch are scaled and padded differently."""
 
     def case() -> TransformersCase:
-        config, processor = build()
-        adapter = TransformersAdapter(perturbed(config, seed), processor)
+        transformers = needs_package("transformers")
+        config, processor = build(transformers, *arguments, **options)
+        adapter = TransformersAdapter(perturbed(transformers, config, seed), processor)
         return TransformersCase(adapter, noise((130, 210), (190, 140), (170, 170)))
 
     return case
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "rt_detr": case_of(lambda: rt_detr("RTDetr"), seed=0),
-    "rt_detr_v2": case_of(lambda: rt_detr("RTDetrV2")),
+    "rt_detr": case_of(rt_detr, "RTDetr", seed=0),
+    "rt_detr_v2": case_of(rt_detr, "RTDetrV2"),
     "d_fine": case_of(d_fine),
-    "detr": case_of(lambda: detr("Detr", ["stage4"])),
+    "detr": case_of(detr, "Detr", ["stage4"]),
     "deformable_detr": case_of(
-        lambda: detr(
-            "DeformableDetr", ["stage2", "stage3", "stage4"], num_feature_levels=3, disable_custom_kernels=True
-        )
+        detr, "DeformableDetr", ["stage2", "stage3", "stage4"], num_feature_levels=3, disable_custom_kernels=True
     ),
 }

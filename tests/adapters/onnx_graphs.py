@@ -1,4 +1,4 @@
-"""Small ONNX detectors with seeded random weights, one for each way in which exported detectors answer."""
+"""Small ONNX detectors with seeded random weights, one for each form in which exported detectors return boxes."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def tiny_suppressed(size: tuple[int, int] = (64, 96)) -> Any:
     graph.node("ArgMax", ["all_scores"], "best_labels", axis=1, keepdims=0)
     limits = [graph.constant(np.array(limit, kind)) for limit, kind in ((99, np.int64), (0.5, np.float32))]
     threshold = graph.constant(np.array([0.6], np.float32))
-    kept = graph.node("NonMaxSuppression", [graph.reshaped("all_boxes", 1, -1, 4), scores, *limits, threshold])
-    label, row = (graph.node("Gather", [kept, graph.constant(np.array(column))], axis=1) for column in (1, 2))
+    keep = graph.node("NonMaxSuppression", [graph.reshaped("all_boxes", 1, -1, 4), scores, *limits, threshold])
+    label, row = (graph.node("Gather", [keep, graph.constant(np.array(column))], axis=1) for column in (1, 2))
     graph.node("Identity", [label], "labels")
     graph.node("Gather", ["all_boxes", row], "boxes", axis=0)
     cells = graph.joined([graph.reshaped(index, -1, 1) for index in (row, label)], axis=1)

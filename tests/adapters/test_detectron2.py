@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from iou_refiner import DataError, Detections, FeatureMaps, IoUPredictor, IoURefiner, MissingPackageError
+from iou_refiner import DataError, Detections, FeatureMaps, HeadConfig, IoUHead, IoURefiner, MissingPackageError
 from iou_refiner.adapters.detectron2 import Detectron2Adapter
 from iou_refiner.boxes import pairwise_iou
 from tests.adapters.case import assert_same, keep_all, noise
@@ -42,8 +42,8 @@ def with_heads(request: pytest.FixtureRequest) -> Any:
 
 
 def shifted(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-    """A stage that keeps a few boxes, none where the detector put it."""
-    return [found[:4].replace(boxes=found.boxes[:4] * 0.8 + 3) for found in candidates]
+    """A suppression that keeps a few boxes, none where the detector put it."""
+    return [image[:4].replace(boxes=image.boxes[:4] * 0.8 + 3) for image in candidates]
 
 
 # --- inside Detectron2 -----------------------------------------------------------------------------------------------
@@ -63,15 +63,15 @@ def predictor(faster: Any) -> Any:
 def test_default_predictor_takes_the_refiner_and_the_twin(predictor: Any) -> None:
     adapter, (rgb,) = Detectron2Adapter(predictor.model, **SIZES), noise((70, 110))
     prepared, _ = adapter.prepare(rgb)
-    head = IoUPredictor((16,) * 4, (4, 8, 16, 32), width=4, hidden=(16,), output_size=3)
-    torch.nn.init.normal_(head.output.weight)
+    head = IoUHead((16,) * 4, (4, 8, 16, 32), HeadConfig(width=4, hidden=(16,), output_size=3))
+    torch.nn.init.normal_(head.iou_output.weight)
     refiner = IoURefiner(adapter, head)
     (expected,) = refiner([prepared])
     assert len(expected["instances"]) >= 2
     for model in (refiner, adapter.twin(refiner.stage)):
         predictor.model = model
-        found = predictor(rgb[:, :, ::-1])
-        assert_same(*(Detectron2Case.read(None, [result]) for result in (found, expected)))
+        result = predictor(rgb[:, :, ::-1])
+        assert_same(*(Detectron2Case.as_dicts(None, [each]) for each in (result, expected)))
 
 
 @pytest.mark.parametrize("channels", ["BGR", "RGB"])
@@ -79,18 +79,19 @@ def test_prepares_as_default_predictor_does(predictor: Any, channels: str) -> No
     adapter = Detectron2Adapter(predictor.model, **SIZES, input_format=channels)
     predictor.input_format, predictor.model = channels, lambda inputs: inputs
     for rgb in noise((70, 110), (200, 40), (96, 96)):
-        expected, (found, frame) = predictor(np.ascontiguousarray(rgb[:, :, ::-1])), adapter.prepare(rgb)
-        assert torch.equal(found["image"], expected["image"])
-        assert found["image"].dtype == torch.float32
-        assert (found["height"], found["width"]) == (expected["height"], expected["width"]) == frame.image_size
+        expected, (prepared, transform) = predictor(np.ascontiguousarray(rgb[:, :, ::-1])), adapter.prepare(rgb)
+        assert torch.equal(prepared["image"], expected["image"])
+        assert prepared["image"].dtype == torch.float32
+        size = prepared["height"], prepared["width"]
+        assert size == (expected["height"], expected["width"]) == transform.image_size
 
 
 def test_results_follow_height_and_width_where_given(faster: Any) -> None:
-    """Without them Detectron2 answers in pixels of the resized image."""
+    """Without them Detectron2 gives results in pixels of the resized image."""
     adapter = Detectron2Adapter(faster, **SIZES)
     prepared, _ = adapter.prepare(noise((70, 110))[0])
-    _, (candidates,), (frame,) = adapter.extract([{"image": prepared["image"]}])
-    assert frame.image_size == tuple(prepared["image"].shape[1:])
+    _, (candidates,), (transform,) = adapter.extract([{"image": prepared["image"]}])
+    assert transform.image_size == tuple(prepared["image"].shape[1:])
     (result,) = adapter.run(keep_all, [{"image": prepared["image"]}])
     assert torch.equal(result["instances"].pred_boxes.tensor, candidates.boxes)
 
@@ -98,45 +99,46 @@ def test_results_follow_height_and_width_where_given(faster: Any) -> None:
 # --- what follows suppression ----------------------------------------------------------------------------------------
 
 
-def test_masks_and_keypoints_are_those_of_the_stages_boxes(with_heads: Any) -> None:
-    """They are what the detector itself sees in these boxes when it is told them."""
+def test_masks_and_keypoints_are_those_of_the_suppressions_boxes(with_heads: Any) -> None:
+    """They are what the detector itself predicts in these boxes when it is given them."""
     from detectron2.structures import Boxes, Instances
 
     adapter = with_heads.adapter
     features, candidates, _ = adapter.extract(with_heads.images)
-    told = [
-        Instances(size, pred_boxes=Boxes(kept.boxes), pred_classes=kept.labels, scores=kept.scores)
-        for kept, size in zip(shifted(features, candidates), features.image_sizes, strict=True)
+    instances = [
+        Instances(size, pred_boxes=Boxes(image.boxes), pred_classes=image.labels, scores=image.scores)
+        for image, size in zip(shifted(features, candidates), features.image_sizes, strict=True)
     ]
     with torch.no_grad():
-        expected = adapter.detector.inference(with_heads.images, told)
-    assert_same(with_heads.read(adapter.run(shifted, with_heads.images)), with_heads.read(expected))
-    assert {"pred_masks", "pred_keypoints"} & set(with_heads.read(expected)[0])
+        expected = with_heads.as_dicts(adapter.detector.inference(with_heads.images, instances))
+    assert_same(with_heads.as_dicts(adapter.run(shifted, with_heads.images)), expected)
+    assert {"pred_masks", "pred_keypoints"} & set(expected[0])
 
 
-def test_twin_leaves_boxes_alone_that_it_is_told(with_heads: Any) -> None:
-    """Test-time augmentation asks for the masks of boxes it has merged; nothing there is to be suppressed."""
+def test_twin_leaves_boxes_alone_that_it_is_passed(with_heads: Any) -> None:
+    """Test-time augmentation wants the masks of boxes it has merged; nothing there is to be suppressed."""
     detector = with_heads.adapter.detector
     with torch.no_grad():
         boxes = detector.inference(with_heads.images, do_postprocess=False)
-        expected, found = (
-            with_heads.read(model.inference(with_heads.images, copy.deepcopy(boxes)))
+        expected, results = (
+            with_heads.as_dicts(model.inference(with_heads.images, copy.deepcopy(boxes)))
             for model in (detector, with_heads.adapter.twin(shifted))
         )
     assert len(expected[0]["boxes"]) > 4
-    assert_same(found, expected)
+    assert_same(results, expected)
 
 
-def test_boxes_of_the_stage_stay_in_the_network_frame(faster: Any) -> None:
+def test_boxes_of_the_suppression_stay_in_network_pixels(faster: Any) -> None:
     """Detectron2 scales boxes in place on their way back to the image."""
-    adapter, kept = Detectron2Adapter(faster, **SIZES), []
+    adapter, held = Detectron2Adapter(faster, **SIZES), []
 
-    def stage(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-        kept.extend((found, found.boxes.clone()) for found in candidates)
+    def hold(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        held.extend((image, image.boxes.clone()) for image in candidates)
         return candidates
 
-    adapter.run(stage, [adapter.prepare(noise((70, 110))[0])[0]])
-    assert all(torch.equal(found.boxes, before) for found, before in kept)
+    adapter.run(hold, [adapter.prepare(noise((70, 110))[0])[0]])
+    assert held
+    assert all(torch.equal(image.boxes, before) for image, before in held)
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
@@ -150,17 +152,17 @@ def test_candidates_are_not_suppressed(name: str) -> None:
     for own in predictors:
         own.test_topk_per_image = own.max_detections_per_image = 3
     _, candidates, _ = case.adapter.extract(case.images)
-    for found in candidates:
-        overlap = pairwise_iou(found.boxes, found.boxes).triu(1) * (found.labels[:, None] == found.labels)
+    for image in candidates:
+        overlap = pairwise_iou(image.boxes, image.boxes).triu(1) * (image.labels[:, None] == image.labels)
         assert (overlap > predictors[-1].test_nms_thresh).any()
-        assert len(found) > 10
+        assert len(image) > 10
 
 
 @pytest.mark.parametrize(
     ("name", "strides"),
     [("faster_rcnn_fpn", (4, 8, 16, 32)), ("mask_rcnn_c4", (16,)), ("retinanet", (8, 16, 32, 64, 128))],
 )
-def test_maps_are_those_the_box_head_reads(name: str, strides: tuple[int, ...]) -> None:
+def test_maps_are_those_of_the_box_head(name: str, strides: tuple[int, ...]) -> None:
     case = CASES[name]()
     features, _, _ = case.adapter.extract(case.images)
     own = case.adapter.detector
@@ -180,41 +182,41 @@ def test_cascade_candidates_are_the_last_boxes_with_the_mean_of_all_scores() -> 
         maps = own.backbone(batch.tensor)
         proposals, _ = own.proposal_generator(batch, maps, None)
         for depth, predictor in enumerate(heads.box_predictor):
-            answer = heads._run_stage([maps[name] for name in heads.in_features], proposals, depth)
-            probabilities.append(predictor.predict_probs(answer, proposals)[0][:, :-1])
-            boxes = predictor.predict_boxes(answer, proposals)
+            outputs = heads._run_stage([maps[name] for name in heads.in_features], proposals, depth)
+            probabilities.append(predictor.predict_probs(outputs, proposals)[0][:, :-1])
+            boxes = predictor.predict_boxes(outputs, proposals)
             proposals = heads._create_proposals_from_boxes(boxes, batch.image_sizes)
     scores = torch.stack(probabilities).mean(0)
     rows, labels = torch.nonzero(scores > heads.box_predictor[-1].test_score_thresh, as_tuple=True)
     order = scores[rows, labels].argsort(descending=True)
-    _, (found,), _ = case.adapter.extract([image])
-    assert torch.equal(found.labels, labels[order])
-    torch.testing.assert_close(found.scores, scores[rows, labels][order])
-    torch.testing.assert_close(found.boxes, proposals[0].proposal_boxes.tensor[rows][order])
+    _, (candidates,), _ = case.adapter.extract([image])
+    assert torch.equal(candidates.labels, labels[order])
+    torch.testing.assert_close(candidates.scores, scores[rows, labels][order])
+    torch.testing.assert_close(candidates.boxes, proposals[0].proposal_boxes.tensor[rows][order])
 
 
 @pytest.mark.parametrize("name", ["retinanet", "fcos"])
 def test_dense_candidates_may_reach_beyond_the_image_and_results_do_not(name: str) -> None:
     case = CASES[name]()
     _, candidates, _ = case.adapter.extract(case.images)
-    results = case.read(case.call(keep_all, case.images))
-    for found, result, rgb in zip(candidates, results, case.rgb, strict=True):
-        assert (found.boxes < 0).any()
+    results = case.as_dicts(case.run(keep_all, case.images))
+    for image, result, rgb in zip(candidates, results, case.rgb, strict=True):
+        assert (image.boxes < 0).any()
         assert (result["boxes"] >= 0).all()
         assert (result["boxes"] <= torch.tensor([rgb.shape[1], rgb.shape[0]] * 2)).all()
 
 
 def test_settings_tell_what_decides_an_extraction(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = tiny_detectron2(tiny_config(R_CNN, CASCADE))
-    seen = {Detectron2Adapter(detector).settings(), Detectron2Adapter(detector, min_size=600).settings()}
-    seen.add(Detectron2Adapter(detector, input_format="RGB").settings())
+    settings = {Detectron2Adapter(detector).settings(), Detectron2Adapter(detector, min_size=600).settings()}
+    settings.add(Detectron2Adapter(detector, input_format="RGB").settings())
     monkeypatch.setattr(detector.roi_heads.box_predictor[-1], "test_score_thresh", 0.9)
-    seen.add(Detectron2Adapter(detector).settings())
+    settings.add(Detectron2Adapter(detector).settings())
     monkeypatch.setattr(detector.proposal_generator, "post_nms_topk", {True: 10, False: 10})
-    seen.add(Detectron2Adapter(detector).settings())
+    settings.add(Detectron2Adapter(detector).settings())
     detector.pixel_mean += 1  # no part of the weights, and so of the fingerprint
-    seen.add(Detectron2Adapter(detector).settings())
-    assert len(seen) == 6
+    settings.add(Detectron2Adapter(detector).settings())
+    assert len(settings) == 6
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

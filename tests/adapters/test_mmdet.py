@@ -1,4 +1,4 @@
-"""What is particular to mmdet: its entrances, padded images, levels coarsest first, what is refused, what is loaded."""
+"""What is particular to mmdet: ways to call it, padded images, levels coarsest first, what it refuses and loads."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 
 
 def shifted(features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
-    """A stage that keeps three candidates, 5 pixels to the right, each with an IoU."""
+    """A suppression that keeps three candidates, 5 pixels to the right, each with an IoU."""
     return [
-        found[:3].replace(boxes=found.boxes[:3] + torch.tensor([5.0, 0, 5, 0]), ious=torch.tensor([0.9, 0.8, 0.7]))
-        for found in candidates
+        image[:3].replace(boxes=image.boxes[:3] + torch.tensor([5.0, 0, 5, 0]), ious=torch.tensor([0.9, 0.8, 0.7]))
+        for image in candidates
     ]
 
 
 @pytest.mark.parametrize("name", ["fcos", "yolov3", "yolox", "rtmdet"])
-def test_own_suppression_gives_the_detectors_own_output_on_padded_images(name: str) -> None:
-    """YOLOX and RTMDet pad to a square in the pipeline, where `img_shape` then holds the padding; YOLOv3 answers with
-    the coarsest level first, FCOS multiplies scores by a second factor."""
+def test_own_suppression_gives_the_detectors_own_result_on_padded_images(name: str) -> None:
+    """YOLOX and RTMDet pad to a square in the pipeline, where `img_shape` then holds the padding; YOLOv3 returns the
+    coarsest level first, FCOS multiplies scores by a second factor."""
     case = MmdetCase(name, SIZES)
-    own = case.read(case.own())
+    own = case.as_dicts(case.own())
     assert all(len(result["boxes"]) >= 2 for result in own)
-    assert_same(case.read(case.call(case.own_suppression, case.images)), own, case.tolerance)
-    features, _, frames = case.adapter.extract(case.images)
+    assert_same(case.as_dicts(case.run(case.own_suppression, case.images)), own, case.tolerance)
+    features, _, transforms = case.adapter.extract(case.images)
     assert features.strides == (8, 16, 32)
     assert [level.shape[2] * stride for level, stride in zip(features.levels, features.strides, strict=True)] == [
         features.levels[0].shape[2] * 8
     ] * 3
-    for (height, width), frame, size in zip(SIZES, frames, features.image_sizes, strict=True):
-        assert frame.image_size == (height, width)
-        corner = frame.to_network(torch.tensor([[0.0, 0, width, height]]))
+    for (height, width), transform, size in zip(SIZES, transforms, features.image_sizes, strict=True):
+        assert transform.image_size == (height, width)
+        corner = transform.to_network(torch.tensor([[0.0, 0, width, height]]))
         torch.testing.assert_close(corner, torch.tensor([[0.0, 0, size[1], size[0]]]), atol=1e-3, rtol=0)
 
 
@@ -56,44 +56,46 @@ def test_inference_detector_takes_the_twin(name: str) -> None:
     inference_detector = importlib.import_module("mmdet.apis").inference_detector
     (rgb,) = noise((70, 110))
     adapter = MmdetAdapter(detector)
-    found = inference_detector(adapter.twin(shifted), rgb[:, :, ::-1]).pred_instances
+    instances = inference_detector(adapter.twin(shifted), rgb[:, :, ::-1]).pred_instances
     (expected,) = adapter.run(shifted, [adapter.prepare(rgb)[0]])
-    assert torch.equal(found.ious, torch.tensor([0.9, 0.8, 0.7]))
+    assert torch.equal(instances.ious, torch.tensor([0.9, 0.8, 0.7]))
     for key, values in expected.pred_instances.items():
-        assert torch.equal(found[key], values), key
+        assert torch.equal(instances[key], values), key
 
 
 def test_run_takes_a_batch_as_test_step_does(mask_rcnn: MmdetCase) -> None:
     collate = importlib.import_module("mmengine.dataset").pseudo_collate
-    found = mask_rcnn.adapter.run(keep_all, collate(mask_rcnn.images))
-    assert_same(mask_rcnn.read(found), mask_rcnn.read(mask_rcnn.adapter.run(keep_all, mask_rcnn.images)))
+    results = mask_rcnn.adapter.run(keep_all, collate(mask_rcnn.images))
+    assert_same(mask_rcnn.as_dicts(results), mask_rcnn.as_dicts(mask_rcnn.adapter.run(keep_all, mask_rcnn.images)))
+    own = mask_rcnn.adapter.detect(collate(mask_rcnn.images))
+    assert_same(mask_rcnn.as_dicts(own), mask_rcnn.as_dicts(mask_rcnn.own()))
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"])
 def test_candidates_are_those_before_suppression(name: str) -> None:
     case = MmdetCase(name)
     _, candidates, _ = case.adapter.extract(case.images)
-    for found, own in zip(candidates, case.read(case.own()), strict=True):
-        assert len(found) > 1.2 * len(own["boxes"])
+    for image, own in zip(candidates, case.as_dicts(case.own()), strict=True):
+        assert len(image) > 1.2 * len(own["boxes"])
 
 
-def test_what_the_stage_holds_stays_as_it_is(mask_rcnn: MmdetCase) -> None:
+def test_what_the_suppression_holds_stays_as_it_is(mask_rcnn: MmdetCase) -> None:
     """A mask head scales the boxes it is given in place."""
-    held = [found[:3] for found in mask_rcnn.adapter.extract(mask_rcnn.images)[1]]
-    before = [found.boxes.clone() for found in held]
-    mask_rcnn.call(lambda features, candidates: held, mask_rcnn.images)
-    assert all(torch.equal(found.boxes, boxes) for found, boxes in zip(held, before, strict=True))
+    held = [image[:3] for image in mask_rcnn.adapter.extract(mask_rcnn.images)[1]]
+    before = [image.boxes.clone() for image in held]
+    mask_rcnn.run(lambda features, candidates: held, mask_rcnn.images)
+    assert all(torch.equal(image.boxes, boxes) for image, boxes in zip(held, before, strict=True))
 
 
 def test_masks_are_those_of_the_refined_boxes(mask_rcnn: MmdetCase) -> None:
     """mmdet's own mask head, given the moved boxes, paints the same masks."""
     adapter, detector = mask_rcnn.adapter, mask_rcnn.adapter.detector
     (result,) = adapter.run(shifted, mask_rcnn.images[:1])
-    (still,) = adapter.run(lambda f, c: [found[:3] for found in c], mask_rcnn.images[:1])
+    (still,) = adapter.run(lambda f, c: [image[:3] for image in c], mask_rcnn.images[:1])
     assert not torch.equal(result.pred_instances.masks, still.pred_instances.masks)
-    (found,) = shifted(*adapter.extract(mask_rcnn.images[:1])[:2])
+    (detections,) = shifted(*adapter.extract(mask_rcnn.images[:1])[:2])
     instances = importlib.import_module("mmengine.structures").InstanceData(
-        bboxes=found.boxes.clone(), scores=found.scores, labels=found.labels
+        bboxes=detections.boxes.clone(), scores=detections.scores, labels=detections.labels
     )
     data = detector.data_preprocessor(importlib.import_module("mmengine.dataset").pseudo_collate(mask_rcnn.images[:1]))
     with torch.no_grad():
@@ -105,12 +107,12 @@ def test_masks_are_those_of_the_refined_boxes(mask_rcnn: MmdetCase) -> None:
 
 
 def test_no_proposals(mask_rcnn: MmdetCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The RoI head has nothing to score; the stage is asked all the same, and features are there."""
+    """The RoI head has nothing to score; the suppression is called all the same, and features are there."""
     monkeypatch.setitem(mask_rcnn.adapter.detector.rpn_head.test_cfg, "min_bbox_size", 1e4)
     features, candidates, _ = mask_rcnn.adapter.extract(mask_rcnn.images)
-    assert [len(found) for found in candidates] == [0] * len(features)
-    own = mask_rcnn.read(mask_rcnn.own())
-    assert_same(mask_rcnn.read(mask_rcnn.call(mask_rcnn.own_suppression, mask_rcnn.images)), own)
+    assert [len(image) for image in candidates] == [0] * len(features)
+    own = mask_rcnn.as_dicts(mask_rcnn.own())
+    assert_same(mask_rcnn.as_dicts(mask_rcnn.run(mask_rcnn.own_suppression, mask_rcnn.images)), own)
 
 
 def test_settings_tell_what_changes_an_extraction(mask_rcnn: MmdetCase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +136,7 @@ def test_category_ids(mask_rcnn: MmdetCase) -> None:
     assert (len(ids), ids[0], ids[11], ids[79]) == (80, 1, 13, 90)  # person, stop sign, toothbrush
 
 
-class TestRefused:
+class TestRefuses:
     def test_another_kind(self) -> None:
         import_mmdet()
         with pytest.raises(TypeError, match=r"two-stage detectors with StandardRoIHead .* got Linear\."):

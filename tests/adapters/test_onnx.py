@@ -1,4 +1,4 @@
-"""What is particular to ONNX detectors: decoding, finding the maps inside a graph, and graphs that do not fit."""
+"""What is particular to ONNX detectors: decoding, the maps inside a graph, and graphs that do not fit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torchvision import ops
 from iou_refiner import DataError
 from iou_refiner.adapters.onnx import OnnxAdapter, OnnxLayout
 from iou_refiner.adapters.onnx.layouts import LAYOUTS
-from tests.adapters.case import SHARED, assert_same, example, keep_all, noise, photographs
+from tests.adapters.case import assert_same, example, keep_all, noise, photographs
 from tests.adapters.onnx_graphs import tiny_detr, tiny_suppressed, tiny_yolov8, tiny_yolox
+from tests.kit.needs import needs_shared
 
 MAPS = ("map8", "map16", "map32")
 
@@ -38,7 +39,7 @@ def saved(model: Any, folder: Path, name: str = "some.onnx") -> Path:
 
 def decoded_cell_by_cell(output: np.ndarray, size: tuple[int, int], threshold: float) -> list[tuple[Any, ...]]:
     """(score, label, x1, y1, x2, y2) of each box and class above the threshold, by falling score; clipped."""
-    found, row = [], 0
+    rows, row = [], 0
     for stride in (8, 16, 32):
         for y in range(size[0] // stride):
             for x in range(size[1] // stride):
@@ -49,9 +50,9 @@ def decoded_cell_by_cell(output: np.ndarray, size: tuple[int, int], threshold: f
                 x2, y2 = min(cx + w / 2, size[1]), min(cy + h / 2, size[0])
                 for label, score in enumerate(classes):
                     if score * objectness > threshold and x1 < x2 and y1 < y2:
-                        found.append((score * objectness, label, x1, y1, x2, y2))
+                        rows.append((score * objectness, label, x1, y1, x2, y2))
     assert row == output.shape[1]
-    return sorted(found, reverse=True)
+    return sorted(rows, reverse=True)
 
 
 def test_boxes_are_those_of_a_decoder_written_cell_by_cell(yolox_file: Path) -> None:
@@ -60,26 +61,26 @@ def test_boxes_are_those_of_a_decoder_written_cell_by_cell(yolox_file: Path) -> 
     session = onnxruntime.InferenceSession(yolox_file.read_bytes())
     (output,) = session.run(None, {"images": rgb[None, :, :, ::-1].transpose(0, 3, 1, 2).astype(np.float32)})
     expected = decoded_cell_by_cell(output, (64, 96), 0.2)
-    (found,) = OnnxAdapter(yolox_file, score_threshold=0.2).run(keep_all, [rgb])
-    assert len(found["boxes"]) == len(expected) > 20
-    order = found["scores"].argsort(descending=True)
-    torch.testing.assert_close(found["scores"][order], torch.tensor([row[0] for row in expected]).float())
-    assert found["labels"][order].tolist() == [row[1] for row in expected]
+    (result,) = OnnxAdapter(yolox_file, score_threshold=0.2).run(keep_all, [rgb])
+    assert len(result["boxes"]) == len(expected) > 20
+    order = result["scores"].argsort(descending=True)
+    torch.testing.assert_close(result["scores"][order], torch.tensor([row[0] for row in expected]).float())
+    assert result["labels"][order].tolist() == [row[1] for row in expected]
     boxes = torch.tensor([row[2:] for row in expected]).float()
-    torch.testing.assert_close(found["boxes"][order], boxes, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result["boxes"][order], boxes, atol=1e-3, rtol=0)
 
 
 def test_own_suppression_is_greedy_nms_per_class(yolox_file: Path) -> None:
     adapter = OnnxAdapter(yolox_file, nms_threshold=0.4)
-    _, (found,), _ = adapter.extract(noise((64, 96)))
-    keep = ops.batched_nms(found.boxes, found.scores, found.labels, 0.4)
+    _, (candidates,), _ = adapter.extract(noise((64, 96)))
+    keep = ops.batched_nms(candidates.boxes, candidates.scores, candidates.labels, 0.4)
     (result,) = adapter(noise((64, 96)))
-    assert 2 <= len(keep) < len(found)
-    assert torch.equal(result["boxes"], found.boxes[keep])
-    assert torch.equal(result["scores"], found.scores[keep])
+    assert 2 <= len(keep) < len(candidates)
+    assert torch.equal(result["boxes"], candidates.boxes[keep])
+    assert torch.equal(result["scores"], candidates.scores[keep])
 
 
-def test_finds_the_maps_under_the_head(yolox_file: Path) -> None:
+def test_maps_are_those_under_the_head(yolox_file: Path) -> None:
     adapter = OnnxAdapter(yolox_file)
     assert adapter.features == ["map8", "map16", "map32"]
     assert adapter.strides == (8, 16, 32)
@@ -92,8 +93,8 @@ def test_batch_is_its_images_one_by_one(yolox_file: Path) -> None:
     adapter, images = OnnxAdapter(yolox_file), noise((50, 90), (200, 120))
     assert_same(adapter(images), adapter(images[:1]) + adapter(images[1:]))
     assert adapter([]) == []
-    features, candidates, frames = adapter.extract([])
-    assert len(features) == len(candidates) == len(frames) == 0
+    features, candidates, transforms = adapter.extract([])
+    assert len(features) == len(candidates) == len(transforms) == 0
 
 
 def test_leaves_the_file_and_tells_it_apart(yolox_file: Path, tmp_path: Path) -> None:
@@ -215,25 +216,26 @@ class TestOtherExports:
     def test_tensors_from_before_the_nms_of_the_graph(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
         path, images = saved(tiny_suppressed(), tmp_path), noise((64, 96))
         layout = OnnxLayout(features=MAPS, score_threshold=0.6)
-        _, (raw,), _ = OnnxAdapter(path, layout, boxes="all_boxes", scores="all_scores").extract(images)
+        _, (candidates,), _ = OnnxAdapter(path, layout, boxes="all_boxes", scores="all_scores").extract(images)
         OnnxAdapter(path, layout, boxes="all_boxes", scores="best_scores", labels="best_labels")
         assert not recwarn.list
         with pytest.warns(UserWarning, match="gives 'boxes' after its own NMS: there is nothing left to suppress"):
             after = OnnxAdapter(path, layout, boxes="boxes", scores="scores", labels="labels")
         _, (final,), _ = after.extract(images)
-        assert 2 <= len(final) < len(raw)
-        known = {tuple(row) for row in torch.cat([raw.boxes, raw.scores[:, None], raw.labels[:, None]], 1).tolist()}
-        assert known > {
-            tuple(r) for r in torch.cat([final.boxes, final.scores[:, None], final.labels[:, None]], 1).tolist()
-        }
+        assert 2 <= len(final) < len(candidates)
+        before, left = (
+            {tuple(row) for row in torch.cat([each.boxes, each.scores[:, None], each.labels[:, None]], 1).tolist()}
+            for each in (candidates, final)
+        )
+        assert before > left
 
     def test_images_of_their_own_size(self, tmp_path: Path) -> None:
         """A graph that takes any size, and nothing that resizes: each image alone gives what it gives in a batch."""
         path, images = saved(tiny_detr(("h", "w")), tmp_path), noise((64, 96), (80, 70))
         adapter = OnnxAdapter(path, "detr", features=MAPS, fit="none", input_size=(64, 64))
-        features, candidates, frames = adapter.extract(images)
+        features, candidates, transforms = adapter.extract(images)
         assert features.image_sizes == ((64, 96), (80, 70))
-        assert [frame.scale for frame in frames] == [(1, 1), (1, 1)]
+        assert [transform.scale for transform in transforms] == [(1, 1), (1, 1)]
         assert [level.shape for level in features.levels] == [(2, 6, 10, 12), (2, 6, 5, 6), (2, 6, 2, 3)]
         alone, _, _ = adapter.extract(images[1:])
         for level, one in zip(features.levels, alone.levels, strict=True):
@@ -305,19 +307,19 @@ class TestOtherExports:
 
     def test_twin_suppresses_as_told(self, yolox_file: Path) -> None:
         adapter, images = OnnxAdapter(yolox_file), noise((64, 96))
-        twin = adapter.twin(lambda features, candidates: [found[:3] for found in candidates])
+        twin = adapter.twin(lambda features, candidates: [image[:3] for image in candidates])
         assert [len(result["boxes"]) for result in twin(images)] == [3]
         assert len(adapter(images)[0]["boxes"]) > 3
 
 
-def test_trained_yolox_speaks_coco_and_finds_people() -> None:
-    adapter, images = example("yolox"), photographs()
-    official = json.loads((SHARED / "data" / "coco-80" / "instances_test.json").read_text())["categories"]
+def test_trained_yolox_has_the_categories_of_coco_and_detects_people() -> None:
+    adapter, images, data = example("yolox"), photographs(), needs_shared() / "data"
+    official = json.loads((data / "coco-80" / "instances_test.json").read_text())["categories"]
     assert adapter.category_ids == dict(enumerate(sorted(category["id"] for category in official)))
-    truth = json.loads((SHARED / "data" / "coco-person" / "instances_val.json").read_text())
-    wide = next(found for found in truth["images"] if found["width"] > found["height"])
+    truth = json.loads((data / "coco-person" / "instances_val.json").read_text())
+    wide = next(image for image in truth["images"] if image["width"] > image["height"])
     largest = max((a for a in truth["annotations"] if a["image_id"] == wide["id"]), key=lambda a: a["area"])
     x, y, w, h = largest["bbox"]
-    found = adapter(images[:1])[0]
-    people = found["boxes"][(found["labels"] == 0) & (found["scores"] > 0.3)]
+    (result,) = adapter(images[:1])
+    people = result["boxes"][(result["labels"] == 0) & (result["scores"] > 0.3)]
     assert ops.box_iou(people, torch.tensor([[x, y, x + w, y + h]])).max() > 0.6

@@ -26,16 +26,16 @@ class TestPlace:
     @pytest.mark.parametrize("fit", ["letterbox", "letterbox-center", "squash"])
     @settings(deadline=None, max_examples=20)
     @given(st.integers(1, 300), st.integers(1, 300), st.integers(32, 200), st.integers(32, 200))
-    def test_the_image_is_where_its_frame_says(
+    def test_the_image_is_where_its_transform_says(
         self, fit: str, height: int, width: int, net_height: int, net_width: int
     ) -> None:
-        """A white image on padding of 114: all white is the image, and its frame has its corners."""
+        """A white image on padding of 114: all white is the image, and its transform gives its corners."""
         layout = OnnxLayout(fit=fit, scale=1.0)
-        pixels, reach, frame = place(np.full((height, width, 3), 255, np.uint8), layout, (net_height, net_width))
+        pixels, reach, transform = place(np.full((height, width, 3), 255, np.uint8), layout, (net_height, net_width))
         assert pixels.shape == (1, 3, net_height, net_width)
         box = torch.tensor([[0.0, 0, width, height]])
-        there = frame.to_network(box)
-        torch.testing.assert_close(frame.to_image(there), box, atol=1e-3, rtol=0)
+        there = transform.to_network(box)
+        torch.testing.assert_close(transform.to_image(there), box, atol=1e-3, rtol=0)
         torch.testing.assert_close(there[0, 2:], torch.tensor(reach[::-1]).float(), atol=1e-3, rtol=0)
         x1, y1, x2, y2 = there.round().int()[0].tolist()
         assert (x2 - x1 == net_width) or (y2 - y1 == net_height)
@@ -45,17 +45,17 @@ class TestPlace:
         centered = margins[:2] - margins[2:] if fit == "letterbox-center" else margins[:2]
         assert set(centered.tolist()) <= {0, -1}
 
-    def test_a_rectangle_is_drawn_where_its_frame_says(self) -> None:
+    def test_a_rectangle_is_drawn_where_its_transform_says(self) -> None:
         image = np.zeros((300, 500, 3), np.uint8)
         image[60:180, 100:350] = (255, 0, 0)
-        pixels, _, frame = place(image, LAYOUTS["yolox"], (416, 416))
+        pixels, _, transform = place(image, LAYOUTS["yolox"], (416, 416))
         blue, green, red = pixels[0]
         assert not blue[:240].any()  # the picture itself; the padding below is grey
         assert not green[:240].any()
         rows, columns = np.nonzero(red[: round(300 * 416 / 500)] > 127)
-        found = torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]).float()
-        expected = frame.to_network(torch.tensor([[100.0, 60, 350, 180]]))
-        torch.testing.assert_close(found, expected, atol=0.75, rtol=0)
+        drawn = torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]).float()
+        expected = transform.to_network(torch.tensor([[100.0, 60, 350, 180]]))
+        torch.testing.assert_close(drawn, expected, atol=0.75, rtol=0)
 
     def test_colors_are_normalized_in_their_order(self) -> None:
         image = np.full((4, 4, 3), (51, 102, 255), np.uint8)

@@ -24,10 +24,10 @@ def test_names_what_it_does_not_take() -> None:
 @pytest.mark.parametrize("size", [(200, 100), (60, 90), (1, 400)])
 def test_prepares_to_the_longest_side(size: tuple[int, int]) -> None:
     adapter = TorchvisionAdapter(tiny("faster_rcnn").detector, longest_side=160)
-    tensor, frame = adapter.prepare(noise(size)[0])
+    tensor, transform = adapter.prepare(noise(size)[0])
     assert max(tensor.shape[1:]) == 160
     assert 0 <= tensor.min() <= tensor.max() <= 1
-    corner = frame.to_network(torch.tensor([[0.0, 0, size[1], size[0]]]))
+    corner = transform.to_network(torch.tensor([[0.0, 0, size[1], size[0]]]))
     torch.testing.assert_close(corner, torch.tensor([[0.0, 0, tensor.shape[2], tensor.shape[1]]]))
 
 
@@ -68,35 +68,35 @@ def test_strides_of_torchvisions_own_models(build: Any, strides: tuple[float, ..
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_candidates_are_what_the_head_says_above_the_threshold(name: str) -> None:
+def test_candidates_are_what_the_head_predicts_above_the_threshold(name: str) -> None:
     """Their scores, counted again from the head's own output: the best of each level, for SSD of each class."""
     case = tiny_case(name)
-    detector, said = case.adapter.detector, []
-    with detector.head.register_forward_hook(lambda head, maps, outputs: said.append((maps[0], outputs))):
+    detector, calls = case.adapter.detector, []
+    with detector.head.register_forward_hook(lambda head, maps, outputs: calls.append((maps[0], outputs))):
         case.own()
-    ((maps, outputs),) = said
+    ((maps, outputs),) = calls
     logits = outputs["cls_logits"]
     if name in ("ssd", "ssdlite"):
-        pools = [[(image.softmax(-1)[:, label]) for label in range(1, logits.shape[-1])] for image in logits]
+        pools = [[(rows.softmax(-1)[:, label]) for label in range(1, logits.shape[-1])] for rows in logits]
     else:
         scores = logits.sigmoid()
         if name == "fcos":
             scores = (scores * outputs["bbox_ctrness"].sigmoid()).sqrt()
         cells = [level.shape[2] * level.shape[3] for level in maps]
         anchors = logits.shape[1] // sum(cells)
-        pools = [image.split([count * anchors for count in cells]) for image in scores]
+        pools = [rows.split([count * anchors for count in cells]) for rows in scores]
     _, candidates, _ = case.adapter.extract(case.images)
     limit = detector.topk_candidates
-    for found, pool in zip(candidates, pools, strict=True):
+    for image, pool in zip(candidates, pools, strict=True):
         passed = [values[values > detector.score_thresh].sort(descending=True).values for values in pool]
         assert any(len(values) > limit for values in passed), "a limit that does not bind proves nothing"
         expected = torch.cat([values[:limit] for values in passed]).sort(descending=True).values
-        assert torch.equal(found.scores, expected)
+        assert torch.equal(image.scores, expected)
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_twin_that_trains_is_the_detector_that_trains(name: str) -> None:
-    """The stage takes the place of the suppression, and of nothing else."""
+    """What the twin is given takes the place of the suppression, and of nothing else."""
     detector = tiny(name).detector.train()
 
     def refuse(*args: Any) -> Any:

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from iou_refiner import __version__, cli
-from iou_refiner.coco import Results, read_results, write_results
+from iou_refiner import HeadConfig, TrainSettings, __version__, cli
+from iou_refiner.coco import Results, read_results, write_results, xywh_to_xyxy
 from iou_refiner.pooling import portable
+from iou_refiner.stage.nms import nms
 from iou_refiner.validation.nms_trace import suppressed_at
 from tests.kit.paths import ROOT
 from tests.kit.toys import make_dataset
@@ -29,8 +32,6 @@ def home(tmp_path_factory) -> Path:
     make_dataset(folder / "images", 8)
     (folder / "mine.py").write_text(
         textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(ROOT)!r})
         from tests.kit.toys import make_dataset
 
         def detector():
@@ -59,7 +60,7 @@ def trained(home) -> Path:
     settings = ("--epochs", "8", "--lr", "3e-3", "--width", "4", "--hidden", "16", "--boxes-per-image", "24")
     subprocess.run(
         [sys.executable, "-m", "iou_refiner", "train", *DATA, "-o", "run", *settings, "--val-ann", DATA[3]],
-        cwd=home, check=True, capture_output=True,
+        cwd=home, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return home / "run" / "head.safetensors"
 
@@ -96,6 +97,45 @@ class TestSurface:
         assert status == 2
         assert message.lower() in err.lower()
         assert out == ""
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("train", "--levels", "0"), "`levels` must be a finite number above 0, got 0"),
+            (("train", "--levels", "many"), "--levels"),
+            (("train", "--hidden", "0"), "`hidden` must be"),
+            (("train", "--objective", "l2"), "--objective"),
+            (("train", "--epochs", "0"), "`epochs` must be"),
+            (("train", "--lr", "-1"), "`lr` must be"),
+            (("train", "--jitter-min-iou", "2"), "`jitter_min_iou` must lie in [0.02, 1], got 2.0"),
+            (("train", "--candidate-share", "1.5"), "`candidate_share` must lie in [0, 1], got 1.5"),
+            (("rescore", "--nms-threshold", "2"), "`nms_threshold` must lie in [0, 1], got 2.0"),
+            (("rescore", "--nms", "gready"), 'Did you mean "greedy"'),
+            (("rescore", "--preset", "papers"), 'Did you mean "paper"'),
+            (("rescore", "--ascent-steps", "-1"), "`ascent_steps` must be 0 or more, got -1"),
+            (("rescore", "--max-detections", "0"), "`max_detections` must be"),
+            (("dump", "--top", "0"), "--top"),
+            (("eval", "--max-dets", "0"), "--max-dets"),
+            (("eval", "--bootstrap", "-1"), "--bootstrap"),
+            (("validate", "--max-examples", "-1"), "--max-examples"),
+            (("doctor", "--seed", "-1"), "--seed"),
+        ],
+    )
+    def test_wrong_values_are_usage_errors_that_name_the_option_or_the_setting(self, run, trained, words, message):
+        command, *option = words
+        rest = {
+            "train": [*DATA, "-o", "wrong"],
+            "rescore": ["dets.json", "--head", trained, *DATA, "-o", "wrong.json"],
+            "dump": [*DATA, "-o", "wrong.json"],
+            "eval": ["dets.json", "--ann", DATA[3]],
+            "validate": ["dets.json"],
+            "doctor": [],
+        }[command]
+        status, out, err = run(command, *rest, *option)
+        assert status == 2
+        assert message in err
+        assert out == ""
+        assert not list(Path().glob("wrong*"))
 
     def test_errors_are_json_too_if_asked(self, run):
         status, out, _ = run("info", "nothing.safetensors", "--json")
@@ -136,8 +176,8 @@ class TestDoctor:
         assert found["versions"]["iou-refiner"] == __version__
 
     def test_it_notices_wrong_pooling(self, run, monkeypatch):
-        right = portable.forward_keeping
-        monkeypatch.setattr(portable, "forward_keeping", lambda *a: (right(*a)[0] + 0.01, right(*a)[1]))
+        right = portable.forward_saving
+        monkeypatch.setattr(portable, "forward_saving", lambda *a: (right(*a)[0] + 0.01, right(*a)[1]))
         status, out, _ = run("doctor")
         assert status == 1
         assert "wrong by 0.01" in out
@@ -163,15 +203,62 @@ class TestThreeJobs:
         assert status == 0
         assert "AP50" in out
 
+    def test_presets_are_settings_of_the_stage(self, run, home, trained):
+        run("dump", *DATA, "-o", "preset.json", "--overwrite")
+        refined = {}
+        for name in ("paper", "detector_only"):
+            words = ("--head", trained, *DATA, "-o", f"{name}.json", "--preset", name, "--json")
+            status, out, err = run("rescore", "preset.json", *words)
+            assert status == 0, err
+            refined[name] = json.loads(out)["refined"]
+        assert refined["paper"] > 0 == refined["detector_only"]
+        assert Path("paper.json").read_bytes() != Path("detector_only.json").read_bytes()
+        # The detector alone is greedy NMS, image by image and class by class.
+        candidates, alone = read_results("preset.json"), read_results("detector_only.json")
+        for image, rows in candidates.by_image().items():
+            boxes = torch.from_numpy(xywh_to_xyxy(candidates.bbox[rows])).float()
+            keep = nms(boxes, torch.from_numpy(candidates.score[rows]).float(), torch.ones(len(rows)), threshold=0.5)
+            expected, ours = candidates[rows[keep.numpy()]], alone[alone.by_image()[image]]
+            np.testing.assert_allclose(ours.bbox, expected.bbox, rtol=0, atol=0.0101)
+            np.testing.assert_allclose(ours.score, expected.score, rtol=0, atol=2e-6)
+        # Options exchange single settings of a preset.
+        words = ("--head", trained, *DATA, "-o", "changed.json", "--preset", "paper", "--ascent-steps", "0")
+        assert "refined" not in run("rescore", "preset.json", *words)[1]
+
     def test_the_saved_config_gives_the_same_bytes_again(self, run, trained, home):
         run("dump", *DATA, "-o", "a.json", "--overwrite")
-        run("rescore", "a.json", "--head", trained, *DATA, "-o", "b.json", "--steps", "3", "--nms", "greedy")
-        first = Path("b.json").read_bytes()
-        config = json.loads(Path("b.json.config.json").read_text())
-        assert config["rescore"]["steps"] == 3
+        changes = ("--preset", "paper", "--ascent-steps", "3", "--nms", "greedy", "--score-alpha", "0.25")
+        run("rescore", "a.json", "--head", trained, *DATA, "-o", "b.json", *changes)
+        first, saved = Path("b.json").read_bytes(), Path("b.json.config.json").read_bytes()
+        config = json.loads(saved)["rescore"]
+        options = {"preset": "paper", "ascent-steps": 3, "nms": "greedy", "score-alpha": 0.25}
+        assert {name: config[name] for name in options} == options
+        assert not {"rank-by", "nms-threshold", "min-gain"} & config.keys()  # what was not given is left to the preset
         status, _, err = run("rescore", "--config", "b.json.config.json", "--overwrite")
         assert status == 0, err
         assert Path("b.json").read_bytes() == first
+        saved_again = json.loads(Path("b.json.config.json").read_bytes())["rescore"]
+        assert saved_again == config | {"overwrite": True}
+
+    def test_the_saved_config_trains_the_same_bytes_again(self, run, home):
+        changes = ("--epochs", "1", "--views", "1", "--width", "2", "--hidden", "8", "--hidden", "6", "--no-ranking")
+        status, _, err = run(
+            "train", *DATA, "-o", "first", *changes, "--jitter-min-iou", "0.3", "--objective", "smooth_l1"
+        )
+        assert status == 0, err
+        config = json.loads(Path("first/head.safetensors.config.json").read_text())
+        options = {"hidden": [8, 6], "ranking": False, "deltas": True, "jitter-min-iou": 0.3, "objective": "smooth_l1"}
+        assert {name: config["train"][name] for name in options} == options
+        # All settings are there, side by side, as options are.
+        assert {name.replace("_", "-") for name in [*asdict(HeadConfig()), *asdict(TrainSettings())]} <= config[
+            "train"
+        ].keys()
+        status, _, err = run("train", "--config", "first/head.safetensors.config.json", "-o", "second")
+        assert status == 0, err
+        first, second = (Path(name, "head.safetensors").read_bytes() for name in ("first", "second"))
+        assert first == second
+        again = json.loads(Path("second/head.safetensors.config.json").read_text())
+        assert again["train"] == config["train"] | {"output-dir": "second"}
 
     def test_a_typo_in_a_config_is_named(self, run, home):
         Path("typo.toml").write_text("[dump]\ntopp = 3\n")
@@ -179,6 +266,23 @@ class TestThreeJobs:
         assert status == 2
         assert "topp" in err
         assert not Path("never.json").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("absent.toml", None, "--config absent.toml: no such file"),
+            ("config.ini", "", "--config config.ini: expected a .toml, .yaml or .json file"),
+            ("wrong.json", '{"train": {"levels": 0}}', "`levels` must be a finite number above 0, got 0"),
+            ("wrong.toml", "[train]\nepochs = 'many'\n", "epochs"),
+        ],
+    )
+    def test_a_config_that_cannot_be_used_is_a_usage_error(self, run, home, name, content, message):
+        if content is not None:
+            Path(name).write_text(content)
+        status, _, err = run("train", *DATA, "-o", "never", "--config", name)
+        assert status == 2
+        assert message in err
+        assert not Path("never").exists()
 
     def test_environment_variables_set_options(self, run, home, monkeypatch):
         monkeypatch.setenv("IOU_REFINER_DUMP_TOP", "2")
@@ -189,9 +293,13 @@ class TestThreeJobs:
         status, out, _ = run("info", trained, "--json")
         about = json.loads(out)
         assert status == 0
-        assert about["settings"]["width"] == 4
+        assert about.keys() == {"architecture", "detector", "training", "metrics", "recommended", "trials"}
+        assert about["architecture"]["width"] == 4
+        assert about["architecture"]["channels"] == [4, 4]
+        assert about["detector"]["name"] == "ToyDetector"
         assert about["training"]["epochs"] == 8
         assert "pearson" in about["metrics"]
+        assert {frozenset(trial) for trial in about["trials"]} == {frozenset([*about["recommended"], "AP", "AP50"])}
         assert "width: 4" in run("info", trained)[1]
 
     def test_a_file_already_suppressed_is_pointed_out(self, run, trained, home):
@@ -203,7 +311,7 @@ class TestThreeJobs:
         results = Results(image, np.ones(64, np.int64), bbox, np.linspace(0.01, 0.9, 64))
         assert suppressed_at(results) == pytest.approx(0.495, abs=0.01)
         write_results("nmsed.json", results)
-        status, _, err = run("rescore", "nmsed.json", "--head", trained, *DATA, "-o", "n.json", "--nms", "iou")
+        status, _, err = run("rescore", "nmsed.json", "--head", trained, *DATA, "-o", "n.json", "--nms", "iou_guided")
         assert status == 0
         assert "already NMS-ed at about 0.5" in err
         assert "iou-refiner dump" in err

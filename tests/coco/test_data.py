@@ -32,9 +32,9 @@ def test_groups_are_the_slow_loop(ids: np.ndarray) -> None:
     expected = defaultdict(list)
     for row, image in enumerate(ids.tolist()):
         expected[image].append(row)
-    found = {image: rows.tolist() for image, rows in group_rows(ids).items()}
-    assert found == dict(expected)
-    assert list(found) == sorted(found)
+    groups = {image: rows.tolist() for image, rows in group_rows(ids).items()}
+    assert groups == dict(expected)
+    assert list(groups) == sorted(groups)
 
 
 @SETTINGS

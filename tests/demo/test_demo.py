@@ -1,3 +1,5 @@
+"""The demo: its images and boxes are exact, and a run leaves what it says, the same for the same seed."""
+
 from __future__ import annotations
 
 import json
@@ -15,13 +17,16 @@ from PIL import Image as PIL
 from iou_refiner.checks import DataError, MissingPackageError
 from iou_refiner.coco import read_ground_truth, read_results, xywh_to_xyxy
 from iou_refiner.demo import data
-from iou_refiner.demo.data import DIGIT_SIDES, IMAGE_SIDE, SPLITS, Ink, Sources, draw_scene, write_split
-from iou_refiner.demo.run import STAGES, Budget, DemoResult, detector, follow_up, load_detector, run_demo
+from iou_refiner.demo.data import DIGIT_SIDES, IMAGE_SIDE, SPLITS, Sources, draw_scene, write_split
+from iou_refiner.demo.ink import Ink
+from iou_refiner.demo.result import DemoResult
+from iou_refiner.demo.run import STAGES, Budget, detector, follow_up, load_detector, run_demo
 from iou_refiner.detector.features import open_image
+from iou_refiner.detector.fingerprint import fingerprint
 from iou_refiner.detector.registry import detector_from_spec
 from iou_refiner.evaluation.ap import METRICS
 from iou_refiner.evaluation.bootstrap import compare
-from iou_refiner.head.iou_head import IoUPredictor, fingerprint
+from iou_refiner.head.checkpoint import load_head
 
 TINY = Budget(train_images=6, head_images=4, test_images=5, detector_steps=3, head_epochs=1)
 seeds = st.integers(0, 2**32 - 1)
@@ -66,10 +71,10 @@ def test_the_box_is_the_extent_of_the_ink_rendered_eight_times_finer(digits: np.
     left, top = (8 * np.floor(box[:2]) - 16).astype(int).tolist()
     right, bottom = (8 * np.ceil(box[2:]) + 16).astype(int).tolist()
     rows, columns = np.nonzero(ink.coverage(8 * linear, np.zeros(2), (left, top, right, bottom), samples=1))
-    found = np.array([left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1]) / 8
+    extent = np.array([left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1]) / 8
     # Cells count whose centre is ink; a tip narrower than a cell can lie between two centres.
-    assert np.abs(found - box).max() < 2 / 8
-    assert np.median(np.abs(found - box)) < 1 / 8
+    assert np.abs(extent - box).max() < 2 / 8
+    assert np.median(np.abs(extent - box)) < 1 / 8
 
 
 @settings(deadline=None, max_examples=20)
@@ -136,10 +141,10 @@ def test_ink_stands_out(digits: np.ndarray, seed: int, grey: int) -> None:
 
 def test_no_digit_is_in_two_splits_and_no_test_photograph_in_another() -> None:
     sources = {split: Sources.of(split) for split in SPLITS}
-    seen = [{digit.tobytes() for digit in found.digits} for found in sources.values()]
+    seen = [{digit.tobytes() for digit in split.digits} for split in sources.values()]
     assert all(len(own) > 1600 for own in seen)
     assert len(set.union(*seen)) == sum(map(len, seen))
-    photographs = {split: {photo.tobytes() for photo in found.photographs} for split, found in sources.items()}
+    photographs = {name: {photo.tobytes() for photo in split.photographs} for name, split in sources.items()}
     assert len(photographs["test"]) == 4
     assert not photographs["test"] & (photographs["train"] | photographs["head"])
 
@@ -159,9 +164,9 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
 
 
 def test_what_is_written_reads_back_and_says_what_it_is(tmp_path: Path) -> None:
-    counts: list[tuple[int, int]] = []
+    counts: list[tuple[str, int, int]] = []
     written = [write_split(tmp_path, split, 3, progress=lambda *count: counts.append(count)) for split in SPLITS]
-    assert counts == [(1, 3), (2, 3), (3, 3)] * 3
+    assert counts == [(f"drawing {split}", done, 3) for split in SPLITS for done in (1, 2, 3)]
     for split, truth in zip(SPLITS, written, strict=True):
         read = read_ground_truth(tmp_path / f"{split}.json")
         assert read.images == truth.images
@@ -275,16 +280,15 @@ def test_progress_counts_each_phase_to_its_end(ran: Ran) -> None:
         counts.append(done)
     last = {phase: total for phase, _, total in ran.phases}
     assert all(counts[-1] == last[phase] for phase, counts in totals.items())
-    assert {"drawing test", "training the detector", "training the head", "judging"} <= set(totals)
+    assert {"drawing test", "training the detector", "training the head", "measuring"} <= set(totals)
 
 
 def test_the_same_seed_gives_the_same_files(ran: Ran) -> None:
     one, two = tree(ran.folder), tree(ran.again)
-    # The head's file notes how long it took, README.txt where it is.
     differ = {name for name in one if one[name] != two.get(name)}
-    assert differ <= {"head.safetensors", "README.txt"}
+    assert differ <= {"README.txt"}  # which says where it is
     assert one.keys() == two.keys()
-    heads = [IoUPredictor.load(folder / "head.safetensors") for folder in (ran.folder, ran.again)]
+    heads = [load_head(folder / "head.safetensors") for folder in (ran.folder, ran.again)]
     assert fingerprint(heads[0]) == fingerprint(heads[1])
     assert ran.second.rows() == ran.result.rows()
 
@@ -295,10 +299,10 @@ def test_it_leaves_torch_as_it_was(ran: Ran) -> None:
 
 
 def test_the_detector_can_be_had_again(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = IoUPredictor.load(ran.folder / "head.safetensors")
+    head = load_head(ran.folder / "head.safetensors")
     monkeypatch.setenv("IOU_REFINER_DEMO", str(ran.folder))
     for adapter in (load_detector(ran.folder), detector(), detector_from_spec("iou_refiner.demo:detector")):
-        assert adapter.fingerprint() == head.detector
+        assert adapter.fingerprint() == head.metadata.fingerprint
     assert str(ran.folder) in follow_up(ran.folder)
     assert follow_up(ran.folder) in (ran.folder / "README.txt").read_text()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from iou_refiner import DataError
-from iou_refiner.adapters.custom import OwnAdapter
+from iou_refiner.adapters.custom import CustomAdapter
 from iou_refiner.detector import registry
 from iou_refiner.detector.registry import as_adapter, detector_from_spec, installed_adapters
 from tests.kit.paths import ROOT
@@ -79,7 +79,7 @@ def test_what_an_adapter_refuses_is_told_with_the_spec() -> None:
         ("nowhere.py:make", "no file nowhere.py"),
         ("json:lodas", "json has no function 'lodas'. Did you mean 'loads'"),
         ("json:__name__", "json has no function '__name__'"),
-        ("builtins:dict", "--detector 'builtins:dict': No adapter for a detector of type builtins.dict.*OwnAdapter"),
+        ("builtins:dict", "--detector 'builtins:dict': No adapter for a detector of type builtins.dict.*CustomAdapter"),
     ],
 )
 def test_a_wrong_spec_is_explained(spec: str, message: str) -> None:
@@ -91,7 +91,7 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
     """Whatever the file is called, and with dataclasses, which look for their module."""
     (tmp_path / "torch.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
-        "from toys import ToyDetector\n\n@dataclass\nclass Some:\n    field: ClassVar[int] = 1\n\n"
+        "from tests.kit.toys import ToyDetector\n\n@dataclass\nclass Some:\n    field: ClassVar[int] = 1\n\n"
         "def make():\n    return ToyDetector({})\n"
     )
     assert isinstance(detector_from_spec(f"{tmp_path / 'torch.py'}:make"), ToyDetector)
@@ -102,7 +102,7 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
 def test_a_function_takes_what_follows_it(tmp_path: Path, argument: str) -> None:
     (tmp_path / "C:").mkdir()
     (tmp_path / "C:" / "made.py").write_text(
-        "from toys import ToyDetector\n\ndef make(argument):\n"
+        "from tests.kit.toys import ToyDetector\n\ndef make(argument):\n"
         "    detector = ToyDetector({})\n    detector.made_from = argument\n    return detector\n"
     )
     adapter: Any = detector_from_spec(f"{tmp_path / 'C:' / 'made.py'}:make:{argument}")
@@ -112,7 +112,7 @@ def test_a_function_takes_what_follows_it(tmp_path: Path, argument: str) -> None
 def test_a_function_in_a_package_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some_project").mkdir()
     (tmp_path / "some_project" / "models.py").write_text(
-        "from toys import ToyDetector\ndef mine(): return ToyDetector({})"
+        "from tests.kit.toys import ToyDetector\ndef mine(): return ToyDetector({})"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -128,8 +128,8 @@ def test_the_error_of_a_users_own_code_is_not_hidden(tmp_path: Path) -> None:
         detector_from_spec(f"{tmp_path / 'mine.py'}:make")
 
 
-def test_the_example_of_an_own_adapter() -> None:
-    assert isinstance(detector_from_spec(f"{ROOT / 'examples' / 'own_adapter.py'}:adapter"), OwnAdapter)
+def test_the_example_of_a_custom_adapter() -> None:
+    assert isinstance(detector_from_spec(f"{ROOT / 'examples' / 'custom_adapter.py'}:adapter"), CustomAdapter)
 
 
 def test_an_adapter_is_its_own_adapter() -> None:
@@ -137,9 +137,19 @@ def test_an_adapter_is_its_own_adapter() -> None:
     assert as_adapter(adapter) is adapter
 
 
-def test_an_object_nobody_knows_is_named() -> None:
-    with pytest.raises(TypeError, match=r"No adapter for a detector of type torch.nn.modules.linear.Linear"):
-        as_adapter(torch.nn.Linear(1, 1))
+class Lookalike:
+    """Has all that an adapter has, and is none."""
+
+    detector, category_ids, device, training, name = torch.nn.Linear(1, 1), None, torch.device("cpu"), False, "mine"
+    prepare = twin = transforms = settings = to = fingerprint = detect = run = extract = lambda self, *_: None
+
+
+@pytest.mark.parametrize(
+    ("unknown", "name"), [(torch.nn.Linear(1, 1), r"torch\.nn\.modules\.linear\.Linear"), (Lookalike(), ".*Lookalike")]
+)
+def test_an_object_nobody_knows_is_named(unknown: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"No adapter for a detector of type {name}.*CustomAdapter"):
+        as_adapter(unknown)
 
 
 def test_the_adapters_of_the_package_are_installed() -> None:

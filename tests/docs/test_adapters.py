@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from iou_refiner import IoUPredictor
+from iou_refiner import Adapter, HeadConfig, IoUHead
 from iou_refiner.adapters.onnx import OnnxAdapter
 from iou_refiner.adapters.onnx.layouts import LAYOUTS
 from tests.adapters import (
@@ -22,8 +22,10 @@ from tests.adapters import (
     cases_torchvision,
     cases_transformers,
 )
-from tests.adapters.case import ROOT, Case
+from tests.adapters.case import Case, assert_same
 from tests.adapters.onnx_graphs import tiny_suppressed, tiny_yolov8
+from tests.kit.needs import needs_package
+from tests.kit.paths import ROOT
 
 PAGE = (ROOT / "docs" / "adapters.md").read_text()
 SECTIONS: dict[str, str] = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
@@ -33,10 +35,10 @@ def blocks(section: str, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", SECTIONS[section], re.S)
 
 
-def head_for(case: Case) -> IoUPredictor:
+def head_for(case: Case) -> IoUHead:
     """An untrained head for the feature maps of a detector."""
     features, _, _ = case.adapter.extract(case.images[:1])
-    return IoUPredictor(features.channels, features.strides, width=4, hidden=(16,), output_size=3)
+    return IoUHead(features.channels, features.strides, HeadConfig(width=4, hidden=(16,), output_size=3))
 
 
 def run(section: str, number: int = 0, **given: Any) -> dict[str, Any]:
@@ -81,18 +83,18 @@ def test_detectron2() -> None:
 def test_mmdetection() -> None:
     case = cases_mmdet.CASES["faster_rcnn"]()
     bgr = case.rgb[0][:, :, ::-1].copy()
-    found = run("MMDetection", detector=case.adapter.detector, head=head_for(case), image=bgr)["found"]
-    assert_predicted(found.ious)
+    instances = run("MMDetection", detector=case.adapter.detector, head=head_for(case), image=bgr)["instances"]
+    assert_predicted(instances.ious)
 
 
 def test_transformers() -> None:
-    from transformers import ObjectDetectionPipeline
-
-    case = cases_transformers.CASES["rt_detr"]()
-    pipeline = ObjectDetectionPipeline(case.adapter.model, image_processor=case.adapter.processor, threshold=0.0)
-    found = run("transformers", pipeline=pipeline, head=head_for(case), image=case.images[0])["found"]
-    assert {"score", "label", "box", "iou"} == set(found[0])
-    assert_predicted([detection["iou"] for detection in found])
+    case, transformers = cases_transformers.CASES["rt_detr"](), needs_package("transformers")
+    pipeline = transformers.ObjectDetectionPipeline(
+        case.adapter.model, image_processor=case.adapter.processor, threshold=0.0
+    )
+    detections = run("transformers", pipeline=pipeline, head=head_for(case), image=case.images[0])["detections"]
+    assert {"score", "label", "box", "iou"} == set(detections[0])
+    assert_predicted([detection["iou"] for detection in detections])
 
 
 def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +132,27 @@ def test_your_own() -> None:
     assert_predicted(result["ious"])
 
 
+def test_your_own_subclass_does_as_the_adapter_of_the_example() -> None:
+    case = cases_custom.CASES["centers"]()
+    names = run("Your own", 1, detector=case.adapter.detector, head=head_for(case), images=case.images)
+    assert_predicted(names["result"]["ious"])
+    adapter = names["CentersAdapter"](case.adapter.detector)
+    assert torch.equal(adapter.prepare(case.rgb[0])[0], case.adapter.prepare(case.rgb[0])[0])
+    assert (adapter.settings(), adapter.fingerprint()) == (case.adapter.settings(), case.adapter.fingerprint())
+    assert_same(adapter.detect(case.images), case.own())
+    assert_same(adapter.run(case.own_suppression, case.images), case.own())
+    (features, candidates, transforms), expected = (each.extract(case.images) for each in (adapter, case.adapter))
+    assert all(map(torch.equal, features.levels, expected[0].levels))
+    assert_same([image.to_dict() for image in candidates], [image.to_dict() for image in expected[1]])
+    assert transforms == expected[2]
+
+
+def test_your_own_table_names_every_method_that_a_subclass_needs() -> None:
+    named = re.findall(r"^\| `(\w+)\(", SECTIONS["Your own"], re.M)
+    assert set(named) == Adapter.__abstractmethods__
+
+
 def test_your_own_adapter_has_at_most_twenty_lines() -> None:
     """That of the example, from the line that says where it begins."""
-    _, _, adapter = (ROOT / "examples" / "own_adapter.py").read_text().partition("# --- the adapter")
+    _, _, adapter = (ROOT / "examples" / "custom_adapter.py").read_text().partition("# --- the adapter")
     assert len([line for line in adapter.splitlines()[1:] if line.strip()]) <= 20

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.models import detection
 
-from iou_refiner import IoUPredictor
+from iou_refiner import HeadConfig, IoUHead, save_head
 from iou_refiner.cli import app
 from tests.kit.paths import ROOT
 
@@ -44,7 +44,7 @@ def test_the_wrap_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(detection, "fasterrcnn_resnet50_fpn_v2", lambda weights: detector)
     head = tmp_path / "runs" / "coco" / "head.safetensors"
     head.parent.mkdir(parents=True)
-    IoUPredictor((256, 256), (32, 32), width=2, hidden=(4,), output_size=2).save(head)
+    save_head(IoUHead((256, 256), (32, 32), HeadConfig(width=2, hidden=(4,), output_size=2)), head)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"image": torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))}
     exec(example, names)
@@ -60,3 +60,12 @@ def test_every_command_is_one(line: str):
 
 def test_there_are_commands():
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"train", "dump", "rescore", "eval"}
+
+
+def test_ci_runs_the_first_two_commands_as_printed():
+    """What a newcomer types first is what CI types, in fresh clones and environments of its own."""
+    first = next(block for language, block in BLOCKS if language == "bash")
+    printed = [line.partition("#")[0].strip() for line in first.splitlines()]
+    run = re.findall(r"^    as_a_newcomer \w+ '(.*)'$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert printed == run
+    assert [line.partition(" && ")[2] for line in printed] == ["iou-refiner demo", "pytest"]

@@ -18,9 +18,9 @@ from pycocotools.cocoeval import COCOeval
 
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.evaluation.agreement import true_iou
 from iou_refiner.evaluation.ap import METRICS, evaluate
 from iou_refiner.evaluation.bootstrap import compare
+from iou_refiner.evaluation.true_iou import true_iou
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 
 
@@ -69,11 +69,11 @@ def test_each_category_has_its_own_ap():
     box = [10, 10, 50, 50]
     truth = make_truth([1, 2], [7, 3, 5], [(1, 7, box, False), (2, 3, box, False)])
     evaluation = evaluate(make_results([(1, 7, box, 0.9), (1, 3, box, 0.8)]), truth)
-    found = {category.id: (category.name, category.ap) for category in evaluation.categories}
-    assert list(found) == [3, 5, 7]
-    assert found[3] == ("thing 3", 0.0)
-    assert found[7] == ("thing 7", pytest.approx(1.0))
-    assert math.isnan(found[5][1])
+    by_id = {category.id: (category.name, category.ap) for category in evaluation.categories}
+    assert list(by_id) == [3, 5, 7]
+    assert by_id[3] == ("thing 3", 0.0)
+    assert by_id[7] == ("thing 7", pytest.approx(1.0))
+    assert math.isnan(by_id[5][1])
     assert evaluation.metrics["AP"] == pytest.approx(0.5)
     assert (evaluation.images, evaluation.records, evaluation.max_dets) == (2, 2, 100)
 
@@ -81,9 +81,9 @@ def test_each_category_has_its_own_ap():
 def test_max_dets_counts_per_image_and_category():
     boxes = [[30 * (i % 20), 40 * (i // 20), 20, 30] for i in range(40)]
     for categories, expected in ((1, 20 / 40), (2, 1.0)):
-        objects = [(1, i % categories, box, False) for i, box in enumerate(boxes)]
-        found = make_results([(1, i % categories, box, 0.9) for i, box in enumerate(boxes)])
-        evaluation = evaluate(found, make_truth([1], range(categories), objects), max_dets=20)
+        annotations = [(1, i % categories, box, False) for i, box in enumerate(boxes)]
+        results = make_results([(1, i % categories, box, 0.9) for i, box in enumerate(boxes)])
+        evaluation = evaluate(results, make_truth([1], range(categories), annotations), max_dets=20)
         assert evaluation.metrics["AR"] == pytest.approx(expected)
         assert evaluation.metrics["AP"] == pytest.approx(expected, abs=0.01)
 

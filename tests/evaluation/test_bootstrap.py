@@ -19,15 +19,15 @@ from tests.kit.scenes import make_results, make_truth, scene, seeds
 
 def repeated(truth: GroundTruth, results: Results, weights: np.ndarray) -> tuple[GroundTruth, Results]:
     """The data set in which image ``i`` really stands ``weights[i]`` times, under new ids."""
-    images, objects, records = [], [], []
+    images, annotations, records = [], [], []
     for image, weight in zip(truth.images, weights, strict=True):
         for _ in range(weight):
             images.append(len(images))
             for i in np.flatnonzero(truth.image_id == image.id):
-                objects.append((images[-1], truth.category_id[i], truth.bbox[i], truth.iscrowd[i]))
+                annotations.append((images[-1], truth.category_id[i], truth.bbox[i], truth.iscrowd[i]))
             for i in np.flatnonzero(results.image_id == image.id):
                 records.append((images[-1], results.category_id[i], results.bbox[i], results.score[i]))
-    return make_truth(images, [category.id for category in truth.categories], objects), make_results(records)
+    return make_truth(images, [category.id for category in truth.categories], annotations), make_results(records)
 
 
 def same(one: dict, other: dict, tolerance: float = 1e-12) -> None:

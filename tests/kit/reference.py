@@ -84,24 +84,24 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def iou_guided_nms_reference(
-    boxes: list[Box], scores: list[float], ious: list[float], labels: list[int], threshold: float
+    boxes: list[Box], scores: list[float], ranking: list[float], labels: list[int], threshold: float
 ) -> list[tuple[int, float]]:
-    """Algorithm 1 as printed, per class: (index, merged score) of the kept boxes, best rank first.
+    """Algorithm 1 as printed, per class: (index, merged score) of the boxes that stay, best rank first.
 
     Ties: the higher score, then the smaller index.
     """
     waiting = set(range(len(boxes)))
-    kept = []
+    detections = []
     while waiting:
-        best = min(waiting, key=lambda i: (-ious[i], -scores[i], i))
+        best = min(waiting, key=lambda i: (-ranking[i], -scores[i], i))
         waiting.remove(best)
         score = scores[best]
         for other in sorted(waiting):
             if labels[other] == labels[best] and box_iou(boxes[best], boxes[other]) > threshold:
                 score = max(score, scores[other])
                 waiting.remove(other)
-        kept.append((best, score))
-    return kept
+        detections.append((best, score))
+    return detections
 
 
 def soft_nms_reference(

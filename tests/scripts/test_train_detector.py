@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from torch import Tensor
 from iou_refiner import DataError
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.detector.registry import detector_from_spec
+from tests.kit.needs import DEV, needs_package
 from tests.kit.paths import ROOT
 from tests.kit.toys import SIZE, make_dataset
 
@@ -24,13 +24,10 @@ EPOCHS = 2
 
 @pytest.fixture(scope="module")
 def script(shared: Path) -> ModuleType:
-    pytest.importorskip("efficientnet_lite_pytorch", reason="the network's backbone needs efficientnet-lite-pytorch")
-    spec = importlib.util.spec_from_file_location("train_detector", ROOT / "scripts" / "train_detector.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    needs_package("efficientnet_lite_pytorch", install=DEV)  # the network's backbone
+    from scripts import train_detector
+
+    return train_detector
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,7 @@ def test_boxes_stay_on_what_they_enclose(script: ModuleType, tmp_path: Path) -> 
     path.write_text(json.dumps(content))
     truth = read_ground_truth(path)
     images = script.TrainingImages(toy, tmp_path, truth)
-    seen, largest = set(), 0
+    distinct, largest = set(), 0
     for epoch in range(12):
         for index in range(len(images)):
             pixels, target = images.load(index, epoch)
@@ -81,18 +78,18 @@ def test_boxes_stay_on_what_they_enclose(script: ModuleType, tmp_path: Path) -> 
                 y, x = torch.nonzero(pixels[0, top:bottom, left:right] > 0.5, as_tuple=True)
                 inked = torch.stack([left + x.min(), top + y.min(), left + x.max() + 1, top + y.max() + 1])
                 assert (inked - box).abs().max() <= 1
-                seen.add((index, *box.tolist()))
+                distinct.add((index, *box.tolist()))
                 largest = max(largest, float((box[2:] - box[:2]).max()))
-    assert len(seen) > 40  # two views of each would give 18
+    assert len(distinct) > 40  # two views of each would give 18
     assert largest > 30  # windows enlarge: 21 is the longest side drawn
 
 
 def test_it_leaves_weights_of_every_epoch_and_the_best(trained: Path) -> None:
     epochs = [f"epoch-{n:02}.safetensors" for n in range(1, EPOCHS + 1)]
     assert sorted(p.name for p in trained.iterdir()) == ["best.safetensors", *epochs, "last.pt", "metrics.jsonl"]
-    kept = metrics(trained)
-    assert [entry["epoch"] for entry in kept] == [1, 2]
-    assert kept[1]["loss"] < kept[0]["loss"]
+    measured = metrics(trained)
+    assert [entry["epoch"] for entry in measured] == [1, 2]
+    assert measured[1]["loss"] < measured[0]["loss"]
     assert not same(*(weights(trained / name) for name in epochs))
 
 
@@ -103,7 +100,7 @@ def test_the_best_are_those_with_the_highest_ap(script: ModuleType, tmp_path: Pa
     bias = detector.rpn.head.cls_logits.bias.data
     for epoch, ap in enumerate((0.1, 0.3, 0.2), 1):
         bias.fill_(epoch)
-        training.keep({"AP": ap})
+        training.save({"AP": ap})
     assert weights(tmp_path / "best.safetensors")["rpn.head.cls_logits.bias"].unique().tolist() == [2]
     assert weights(tmp_path / "epoch-03.safetensors")["rpn.head.cls_logits.bias"].unique().tolist() == [3]
 
@@ -173,7 +170,7 @@ def step_on(script: ModuleType, detector: Any, box: list[float], folder: Path) -
 
 
 def test_boxes_keep_their_precision(script: ModuleType, tmp_path: Path) -> None:
-    """In bfloat16 this box has no width, and the way to it no logarithm."""
+    """In bfloat16 this box has no width, and the deltas to it no logarithm."""
     box = [50.01, 8.0, 50.09, 40.0]
     assert torch.tensor(box).bfloat16().unique().tolist() == [8, 40, 50]
     assert 0 < step_on(script, script.network(1, SIZE), box, tmp_path) < 20

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from iou_refiner.boxes import valid_boxes
 from iou_refiner.stage import greedy_numpy, greedy_torch
-from iou_refiner.stage.nms import iou_guided_nms, nms, soft_nms
+from iou_refiner.stage.nms import iou_guided_nms, nms
+from iou_refiner.stage.soft_nms import soft_nms
 from tests.kit.reference import box_iou, iou_guided_nms_reference, soft_nms_reference
 
 NAN, INF = float("nan"), float("inf")
@@ -42,9 +43,9 @@ def path(request: pytest.FixtureRequest) -> Iterator[None]:
 def tested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of pairs whose IoU is looked at, call by call."""
     pairs: list[int] = []
-    in_numpy, in_torch = greedy_numpy._iou, greedy_torch.paired_iou
-    monkeypatch.setattr(greedy_numpy, "_iou", lambda *given: pairs.append(len(given[2])) or in_numpy(*given))
-    monkeypatch.setattr(greedy_torch, "paired_iou", lambda *two: pairs.append(len(two[0])) or in_torch(*two))
+    in_numpy, in_torch = greedy_numpy.iou_of_corners, greedy_torch.paired_iou
+    monkeypatch.setattr(greedy_numpy, "iou_of_corners", lambda *args: pairs.append(len(args[4])) or in_numpy(*args))
+    monkeypatch.setattr(greedy_torch, "paired_iou", lambda *args: pairs.append(len(args[0])) or in_torch(*args))
     return pairs
 
 
@@ -61,11 +62,11 @@ _threshold = st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0])
 
 
 def columns(rows: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    boxes, scores, ious, labels = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
+    boxes, scores, ranking, labels = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
     return (
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
-        torch.tensor(ious, dtype=torch.float32),
+        torch.tensor(ranking, dtype=torch.float32),
         torch.tensor(labels, dtype=torch.int64),
     )
 
@@ -78,8 +79,8 @@ def random_boxes(count: int, seed: int = 0, *, field: float = 100, size: float =
 
 def clusters(count: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    scores, ious = torch.rand(count, generator=generator), torch.rand(count, generator=generator)
-    return random_boxes(count, seed), scores, ious, torch.randint(0, 3, (count,), generator=generator)
+    scores, ranking = torch.rand(count, generator=generator), torch.rand(count, generator=generator)
+    return random_boxes(count, seed), scores, ranking, torch.randint(0, 3, (count,), generator=generator)
 
 
 # ---- IoU-guided NMS. ----
@@ -88,19 +89,19 @@ def clusters(count: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, T
 @settings(max_examples=200)
 @given(rows=st.lists(_row, max_size=14), threshold=_threshold)
 def test_algorithm_1_as_printed(rows: list[Any], threshold: float) -> None:
-    boxes, scores, ious, labels = columns(rows)
-    keep, merged = iou_guided_nms(boxes, scores, ious, labels, threshold=threshold)
+    boxes, scores, ranking, labels = columns(rows)
+    keep, merged = iou_guided_nms(boxes, scores, ranking, labels, threshold=threshold)
     rounded = [tuple(box) for box in boxes.tolist()]  # the float32 values, as the package sees them
-    expected = iou_guided_nms_reference(rounded, scores.tolist(), ious.tolist(), labels.tolist(), threshold)
+    expected = iou_guided_nms_reference(rounded, scores.tolist(), ranking.tolist(), labels.tolist(), threshold)
     assert list(zip(keep.tolist(), merged.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.9, 1.0])
 def test_algorithm_1_on_crowded_boxes(threshold: float) -> None:
-    boxes, scores, ious, labels = clusters()
-    keep, merged = iou_guided_nms(boxes, scores, ious, labels, threshold=threshold)
+    boxes, scores, ranking, labels = clusters()
+    keep, merged = iou_guided_nms(boxes, scores, ranking, labels, threshold=threshold)
     rounded = [tuple(box) for box in boxes.tolist()]
-    expected = iou_guided_nms_reference(rounded, scores.tolist(), ious.tolist(), labels.tolist(), threshold)
+    expected = iou_guided_nms_reference(rounded, scores.tolist(), ranking.tolist(), labels.tolist(), threshold)
     assert list(zip(keep.tolist(), merged.tolist(), strict=True)) == expected
 
 
@@ -128,37 +129,37 @@ def test_an_overlap_of_exactly_the_threshold_suppresses_nothing() -> None:
 @settings(max_examples=50)
 @given(seed=st.integers(0, 10**6), threshold=st.floats(0, 1))
 def test_laws_of_iou_guided_nms(seed: int, threshold: float) -> None:
-    boxes, scores, ious, labels = clusters(60, seed)
-    keep, merged = iou_guided_nms(boxes, scores, ious, labels, threshold=threshold)
+    boxes, scores, ranking, labels = clusters(60, seed)
+    keep, merged = iou_guided_nms(boxes, scores, ranking, labels, threshold=threshold)
     assert (merged >= scores[keep]).all()
-    assert ious[keep].tolist() == sorted(ious[keep].tolist(), reverse=True)
+    assert ranking[keep].tolist() == sorted(ranking[keep].tolist(), reverse=True)
     assert len(set(keep.tolist())) == len(keep)
-    assert int(ious.argmax()) in keep
+    assert int(ranking.argmax()) in keep
     # Shuffled rows, the same boxes in the same order.
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
-    other, also = iou_guided_nms(boxes[order], scores[order], ious[order], labels[order], threshold=threshold)
+    other, also = iou_guided_nms(boxes[order], scores[order], ranking[order], labels[order], threshold=threshold)
     assert torch.equal(order[other], keep)
     assert torch.equal(also, merged)
     # Each class alone, the same boxes.
     for label in range(3):
         rows = torch.nonzero(labels == label).flatten()
-        alone, score = iou_guided_nms(boxes[rows], scores[rows], ious[rows], threshold=threshold)
+        alone, score = iou_guided_nms(boxes[rows], scores[rows], ranking[rows], threshold=threshold)
         assert torch.equal(rows[alone], keep[labels[keep] == label])
         assert torch.equal(score, merged[labels[keep] == label])
 
 
-def test_what_is_kept_overlaps_nothing_kept_so_a_second_pass_changes_nothing() -> None:
-    boxes, scores, ious, labels = clusters()
-    keep, merged = iou_guided_nms(boxes, scores, ious, labels)
-    again, same = iou_guided_nms(boxes[keep], merged, ious[keep], labels[keep])
+def test_detections_overlap_no_other_so_a_second_pass_changes_nothing() -> None:
+    boxes, scores, ranking, labels = clusters()
+    keep, merged = iou_guided_nms(boxes, scores, ranking, labels)
+    again, same = iou_guided_nms(boxes[keep], merged, ranking[keep], labels[keep])
     assert torch.equal(again, torch.arange(len(keep)))
     assert torch.equal(same, merged)
 
 
 def test_ties_go_to_the_score_and_then_to_the_first() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(5, 1)
-    ious = torch.tensor([0.5, 0.7, 0.7, 0.7, 0.7])
-    keep, merged = iou_guided_nms(boxes, torch.tensor([0.9, 0.1, 0.3, 0.3, 0.2]), ious)
+    ranking = torch.tensor([0.5, 0.7, 0.7, 0.7, 0.7])
+    keep, merged = iou_guided_nms(boxes, torch.tensor([0.9, 0.1, 0.3, 0.3, 0.2]), ranking)
     assert keep.tolist() == [2]
     assert merged.tolist() == [pytest.approx(0.9)]
     assert nms(boxes, torch.full((5,), 0.5)).tolist() == [0]
@@ -244,13 +245,13 @@ def test_soft_nms_on_crowded_boxes() -> None:
 @settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 60), budget=st.sampled_from([1, 7, 100]), threshold=_threshold)
 def test_deciding_a_few_boxes_at_a_time_changes_nothing(seed: int, count: int, budget: int, threshold: float) -> None:
-    boxes, scores, ious, labels = clusters(count, seed)
+    boxes, scores, ranking, labels = clusters(count, seed)
     rows = [tuple(box) for box in boxes.tolist()]
-    expected = iou_guided_nms_reference(rows, scores.tolist(), ious.tolist(), labels.tolist(), threshold)
+    expected = iou_guided_nms_reference(rows, scores.tolist(), ranking.tolist(), labels.tolist(), threshold)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(greedy_numpy, "_CHUNK_PAIRS", budget)
         patch.setattr(greedy_torch, "_CHUNK_PAIRS", budget)
-        keep, merged = iou_guided_nms(boxes, scores, ious, labels, threshold=threshold)
+        keep, merged = iou_guided_nms(boxes, scores, ranking, labels, threshold=threshold)
     assert list(zip(keep.tolist(), merged.tolist(), strict=True)) == expected
 
 
@@ -319,11 +320,11 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
         with pytest.raises(error, match=message):
             function(**arguments)
     with pytest.raises(error, match=message):
-        iou_guided_nms(ious=torch.zeros(2), **arguments)
+        iou_guided_nms(ranking=torch.zeros(2), **arguments)
 
 
-def test_a_rank_that_is_nan_is_refused() -> None:
-    with pytest.raises(ValueError, match="`ious` holds NaN, which cannot be ranked"):
+def test_a_ranking_of_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="`ranking` holds NaN, which cannot be ranked"):
         iou_guided_nms(torch.zeros(1, 4), torch.zeros(1), torch.tensor([NAN]))
 
 

@@ -1,6 +1,8 @@
+"""The settings of the stage, chosen on val: what helps is used, what harms or hardly helps is left out."""
+
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import asdict
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from iou_refiner.coco import GroundTruth, read_ground_truth, xywh_to_xyxy
-from iou_refiner.detector.features import extract_image
+from iou_refiner.detector.sources import feature_source
+from iou_refiner.head.iou_head import Prediction
 from iou_refiner.training import tuning
 from iou_refiner.training.tuning import choose_settings
 from tests.kit.toys import OracleHead, make_dataset
@@ -18,16 +21,16 @@ from tests.kit.toys import OracleHead, make_dataset
 def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
     path, detector = make_dataset(folder, 6)
-    return read_ground_truth(path), partial(extract_image, detector, folder)
+    return read_ground_truth(path), feature_source(detector, folder)
 
 
 class PerImage(OracleHead):
-    """An oracle asked about one image at a time, in the order of the data set."""
+    """An oracle that sees one image at a time, and finds out which one it is."""
 
     def __init__(self, truth: GroundTruth, *, knows: bool):
         rows = truth.by_image()
         super().__init__([torch.from_numpy(xywh_to_xyxy(truth.bbox[rows[i.id]])).float() for i in truth.images])
-        self.everything, self.keys, self.knows = self.objects, [], knows
+        self.everything, self.knows = self.gt_boxes, knows
 
     def encode(self, features):
         # Which image this is shows in its pixels: the objects are its only bright ones.
@@ -35,48 +38,49 @@ class PerImage(OracleHead):
         inside = [all(bright[int(y1) + 1, int(x1) + 1] for x1, y1, *_ in boxes) for boxes in self.everything]
         sizes = [abs(float((b[:, 2:] - b[:, :2]).prod(1).sum()) - float(bright.sum())) for b in self.everything]
         fits = [index for index, ok in enumerate(inside) if ok and sizes[index] < 1]
-        self.objects = [self.everything[fits[0]]]
+        self.gt_boxes = [self.everything[fits[0]]]
         return super().encode(features)
 
-    def forward(self, pyramid, boxes, image_index, labels=None, level=None):
-        value = super().forward(pyramid, boxes, image_index, labels, level)
-        return value if self.knows else -value
+    def forward(self, table, boxes, image_index, labels=None, level=None):
+        iou, _ = super().forward(table, boxes, image_index, labels, level)
+        return Prediction(iou, iou) if self.knows else Prediction(1 - iou, 1 - iou)
 
 
 def test_a_head_that_knows_is_put_to_use(scene):
-    truth, look = scene
-    chosen, record = choose_settings(PerImage(truth, knows=True), look, None, truth)
-    assert chosen["rank_alpha"] > 0
-    assert chosen["steps"] > 0
+    truth, source = scene
+    chosen, record = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    assert chosen.rank_alpha > 0
+    assert chosen.ascent_steps > 0
     # The settings chosen are among the trials, and none measured better by more than the trifles passed over.
-    value = next(t["AP"] for t in record if all(t[name] == chosen[name] for name in chosen))
-    assert value > record[0]["AP"] + 0.1
-    assert value >= max(t["AP"] for t in record) - 0.004
+    ap = next(t["AP"] for t in record if all(t[name] == value for name, value in asdict(chosen).items()))
+    assert ap > record[0]["AP"] + 0.1
+    assert ap >= max(t["AP"] for t in record) - 0.004
 
 
 def test_a_head_that_misleads_is_left_out(scene):
-    truth, look = scene
-    chosen, record = choose_settings(PerImage(truth, knows=False), look, None, truth)
-    assert chosen["rank_alpha"] == 0
-    assert chosen["steps"] == 0
-    assert chosen["score_alpha"] == 0
+    truth, source = scene
+    chosen, record = choose_settings(PerImage(truth, knows=False), source, None, truth)
+    assert chosen.rank_alpha == 0
+    assert chosen.regression_steps == 0
+    assert chosen.ascent_steps == 0
+    assert chosen.score_alpha == 0
     assert min(t["AP"] for t in record) < record[0]["AP"] - 0.05
 
 
 def test_a_setting_is_not_changed_for_a_trifle(scene, monkeypatch):
-    truth, look = scene
+    truth, source = scene
     trifles = cycle([0.0, 0.0009, 0.0004])
     monkeypatch.setattr(
         tuning, "evaluate", lambda *_: SimpleNamespace(metrics={"AP": 0.3 + next(trifles), "AP50": 0.5})
     )
-    chosen, record = choose_settings(PerImage(truth, knows=True), look, None, truth)
-    assert chosen == {name: value for name, value in record[0].items() if name not in ("AP", "AP50")}
+    chosen, record = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    assert asdict(chosen) == {name: value for name, value in record[0].items() if name not in ("AP", "AP50")}
 
 
 def test_progress_counts_every_trial(scene):
-    truth, look = scene
+    truth, source = scene
     seen = []
     _, record = choose_settings(
-        PerImage(truth, knows=True), look, None, truth, progress=lambda phase, done, total: seen.append((done, total))
+        PerImage(truth, knows=True), source, None, truth, progress=lambda *said: seen.append(said)
     )
-    assert seen == [(n, len(record)) for n in range(1, len(record) + 1)]
+    assert seen == [("choosing settings", n, len(record)) for n in range(1, len(record) + 1)]

@@ -28,7 +28,7 @@ def test_overlaps_are_those_of_the_slow_loop(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     image, category = rng.integers(0, 3, (2, count))
     boxes = rng.uniform(0, 50, (count, 4))
-    found = nms_trace._same_class_overlaps(Results(image, category, boxes, rng.uniform(0, 1, count)))
+    overlaps = nms_trace._same_class_overlaps(Results(image, category, boxes, rng.uniform(0, 1, count)))
     corners = xywh_to_xyxy(boxes).tolist()
     expected = [
         slow_iou(corners[a], corners[b])
@@ -36,22 +36,22 @@ def test_overlaps_are_those_of_the_slow_loop(seed: int, count: int) -> None:
         for b in range(a)
         if image[a] == image[b] and category[a] == category[b]
     ]
-    np.testing.assert_allclose(np.sort(found), sorted(value for value in expected if value > 0))
+    np.testing.assert_allclose(np.sort(overlaps), sorted(value for value in expected if value > 0))
 
 
 def greedy_nms(rows: Rows, threshold: float) -> Rows:
-    kept: Rows = []
+    detections: Rows = []
     for row in sorted(rows, key=lambda row: -row["score"]):
         corners = xywh_to_xyxy(np.array([row["bbox"]]))[0].tolist()
         rivals = [
             other
-            for other in kept
+            for other in detections
             if other["image_id"] == row["image_id"] and other["category_id"] == row["category_id"]
         ]
         overlaps = [slow_iou(corners, xywh_to_xyxy(np.array([other["bbox"]]))[0].tolist()) for other in rivals]
         if all(overlap <= threshold for overlap in overlaps):
-            kept.append(row)
-    return kept
+            detections.append(row)
+    return detections
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
@@ -108,5 +108,5 @@ def pairs(overlaps: list[float]) -> Results:
 def test_the_threshold_is_the_largest_overlap_if_others_crowd_below(
     overlaps: np.ndarray, expected: float | None
 ) -> None:
-    found = suppressed_at(pairs(overlaps.tolist()))
-    assert found == (None if expected is None else pytest.approx(expected))
+    threshold = suppressed_at(pairs(overlaps.tolist()))
+    assert threshold == (None if expected is None else pytest.approx(expected))

@@ -151,7 +151,7 @@ def test_large_boxes_inside_their_images_are_not_corners(tmp_path: Path) -> None
     assert "E501" not in codes_of(run(tmp_path, rows, good_truth()))
 
 
-def test_boxes_a_little_outside_are_no_resized_frame(tmp_path: Path) -> None:
+def test_boxes_a_little_outside_are_of_no_resized_image(tmp_path: Path) -> None:
     rows = good_rows()
     for row in rows:
         row["bbox"] = [1.5, 2.5, *(1.03 * side for side in SIZES[row["image_id"]])]

@@ -1,8 +1,8 @@
 """Compile the CUDA kernels for the host and run them in place of a GPU.
 
-``Library.launch`` has the signature of ``iou_refiner.pooling.cuda_kernels._launch``: put there, it carries the whole launcher, its
-checks, grids and argument packing, to kernels that run on the CPU. Shared by tests/test_kernels.py and
-scripts/kernel_report.py.
+``Library.launch`` has the signature of ``iou_refiner.pooling.cuda_kernels._launch``. Put in its place, it carries the
+whole launcher, its checks, grids and argument packing, to kernels that run on the CPU. Shared by the tests of this
+folder and scripts/bench/kernel_report.py.
 """
 
 from __future__ import annotations

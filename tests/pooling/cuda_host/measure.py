@@ -1,6 +1,6 @@
 """What is claimed of the kernels, measured on the host: accuracy by size of box, and loads per output.
 
-Shared by the tests, which hold the limits, and by scripts/kernel_report.py, which prints the figures.
+Shared by the tests, which hold the limits, and by scripts/bench/kernel_report.py, which prints the figures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iou_refiner.pooling import cuda_kernels
+from iou_refiner.pooling.inputs import PoolInputs
 from tests.pooling.cuda_host.oracle import Case
 
 HEIGHT, WIDTH, STRIDE, BINS = 200, 334, 8.0, 7
@@ -35,31 +36,32 @@ def boxes_of(size: float, count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.concatenate([low, low + sides], 1) * STRIDE).float()
 
 
-def one_map(table: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
-    """The arguments that all kernels share, for boxes on a single map."""
+def one_map(table: Tensor, boxes: Tensor) -> PoolInputs:
+    """Boxes on a single map."""
     sizes = torch.tensor([[HEIGHT, WIDTH]], dtype=torch.int32)
     index = torch.zeros(len(boxes), dtype=torch.int32)
-    return table, sizes, torch.zeros(1, dtype=torch.int64), torch.tensor([STRIDE]), boxes, index
+    return PoolInputs(table, sizes, torch.zeros(1, dtype=torch.int64), torch.tensor([STRIDE]), boxes, index, 0.5)
 
 
-def case_of(*arguments: Tensor, shift: float = 0.5) -> Case:
-    """The same arguments for the oracle."""
-    return Case(*(item.double().numpy() if item.is_floating_point() else item.numpy() for item in arguments), shift)
+def case_of(inputs: PoolInputs) -> Case:
+    """The same inputs for the oracle."""
+    *tensors, shift = inputs
+    return Case(*(item.double().numpy() if item.is_floating_point() else item.numpy() for item in tensors), shift)
 
 
 def accuracy(size: float, count: int = 40) -> Accuracy:
     """Errors of the installed kernels on boxes of ``size`` cells. Needs the variant (float32, 7, 4)."""
     rng = np.random.default_rng(7)
     table = torch.from_numpy(rng.uniform(-4, 4, (HEIGHT * WIDTH, 4))).float()
-    arguments = one_map(table, boxes_of(size, count, rng))
+    inputs = one_map(table, boxes_of(size, count, rng))
     grad = torch.from_numpy(rng.uniform(-1, 1, (count, BINS, BINS, 4))).float()
-    case = case_of(*arguments)
+    case = case_of(inputs)
     gradient = case.backward_boxes(grad.double().numpy())
-    ones = cuda_kernels.forward(torch.ones_like(table), *arguments[1:], BINS, 0.5)
+    ones = cuda_kernels.forward(inputs._replace(table=torch.ones_like(table)), BINS)
     return Accuracy(
-        np.abs(cuda_kernels.forward(*arguments, BINS, 0.5).numpy() - case.forward(BINS)).max(),
+        np.abs(cuda_kernels.forward(inputs, BINS).numpy() - case.forward(BINS)).max(),
         (ones - 1).abs().max().item(),
-        np.abs(cuda_kernels.backward_boxes(grad, *arguments, 0.5).numpy() - gradient).max() / np.abs(gradient).max(),
+        np.abs(cuda_kernels.backward_boxes(grad, inputs).numpy() - gradient).max() / np.abs(gradient).max(),
     )
 
 

@@ -46,7 +46,7 @@ def axis(low: float, high: float, cells: int, bins: int) -> Axis:
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of the kernels as float64 arrays, in the order of the contract."""
+    """:class:`iou_refiner.pooling.inputs.PoolInputs` as float64 arrays."""
 
     table: Array
     sizes: NDArray[np.int32]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iou_refiner.pooling import cuda_kernels, portable
 from iou_refiner.pooling.cuda_kernels import Variant
+from iou_refiner.pooling.inputs import PoolInputs
 from tests.kit.reference import prroi_pool_reference
 from tests.pooling.cuda_host import measure
 from tests.pooling.cuda_host.host import Library, planted
@@ -35,7 +36,7 @@ BOXES = [
 ]
 
 
-def arguments(dtype: torch.dtype, channels: int, seed: int, boxes: Tensor | None = None) -> tuple[Tensor, ...]:
+def example(dtype: torch.dtype, channels: int, seed: int, boxes: Tensor | None = None) -> PoolInputs:
     """Four maps of two images, laid out level by level, and boxes that cycle through them."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor([[12, 15], [6, 8], [12, 15], [6, 8]], dtype=torch.int32)
@@ -43,19 +44,19 @@ def arguments(dtype: torch.dtype, channels: int, seed: int, boxes: Tensor | None
     strides = torch.tensor([4.0, 8.0, 4.0, 8.0])
     table = (torch.rand(456, channels, generator=generator) * 8 - 4).to(dtype)
     boxes = torch.tensor(BOXES) if boxes is None else boxes
-    return table, sizes, offsets, strides, boxes, torch.arange(len(boxes), dtype=torch.int32) % 4
+    return PoolInputs(table, sizes, offsets, strides, boxes, torch.arange(len(boxes), dtype=torch.int32) % 4, 0.5)
 
 
-def check_against_oracle(shared: tuple[Tensor, ...], bins: int, shift: float, seed: int = 1) -> None:
+def check_against_oracle(inputs: PoolInputs, bins: int, seed: int = 1) -> None:
     """All three kernels within float32 accuracy of float64, and the rounding of the storage type."""
-    case, dtype = measure.case_of(*shared, shift=shift), shared[0].dtype
-    pooled = cuda_kernels.forward(*shared, bins, shift)
+    case, dtype = measure.case_of(inputs), inputs.table.dtype
+    pooled = cuda_kernels.forward(inputs, bins)
     grad = (torch.rand(pooled.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1).to(dtype)
     wide = grad.double().numpy()
     for got, exact in (
         (pooled, case.forward(bins)),
-        (cuda_kernels.backward_boxes(grad, *shared, shift), case.backward_boxes(wide)),
-        (cuda_kernels.backward_table(grad, *shared, shift), case.backward_table(wide)),
+        (cuda_kernels.backward_boxes(grad, inputs), case.backward_boxes(wide)),
+        (cuda_kernels.backward_table(grad, inputs), case.backward_table(wide)),
     ):
         expected = torch.from_numpy(exact)
         scale = max([1.0, *expected.abs().flatten().tolist()])
@@ -66,24 +67,24 @@ def check_against_oracle(shared: tuple[Tensor, ...], bins: int, shift: float, se
 @pytest.mark.parametrize("dtype", sorted(cuda_kernels.DTYPES, key=str), ids=str)
 @pytest.mark.parametrize("bins", [1, 3, 5, 7, 14])
 def test_every_variant_matches_the_oracle(on_host: Library, bins: int, dtype: torch.dtype, channels: int) -> None:
-    check_against_oracle(arguments(dtype, channels, bins), bins, 0.5)
+    check_against_oracle(example(dtype, channels, bins), bins)
 
 
 @pytest.mark.parametrize("bins", [1, 3, 5, 7, 14])
 def test_without_fused_multiply_adds(unfused: Library, bins: int) -> None:
     with unfused.installed():
-        check_against_oracle(arguments(torch.float32, 8, bins), bins, 0.5)
+        check_against_oracle(example(torch.float32, 8, bins), bins)
 
 
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 5), (torch.float16, 16), (torch.bfloat16, 16)])
 def test_storage_without_fused_multiply_adds(unfused: Library, dtype: torch.dtype, channels: int) -> None:
     with unfused.installed():
-        check_against_oracle(arguments(dtype, channels, 3), 7, 0.0)
+        check_against_oracle(example(dtype, channels, 3)._replace(shift=0.0), 7)
 
 
 @pytest.mark.parametrize("channels", [256, 260, 1028])
 def test_more_channels_than_a_block_has_threads(on_host: Library, channels: int) -> None:
-    check_against_oracle(arguments(torch.float32, channels, 0, torch.tensor(BOXES[:3])), 7, 0.5)
+    check_against_oracle(example(torch.float32, channels, 0, torch.tensor(BOXES[:3])), 7)
 
 
 edges = st.one_of(st.floats(-30, 90, width=32), st.integers(-8, 24).map(lambda cell: 4.0 * cell + 2.0))
@@ -96,35 +97,34 @@ boxes = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(boxes=boxes, shift=st.sampled_from([0.0, 0.5]), stride=st.sampled_from([1.0, 4.0, 8.0, 11.3, 0.3]))
 def test_any_box_matches_the_oracle(fused: Library, boxes: list[list[float]], shift: float, stride: float) -> None:
-    table, sizes, offsets, strides, _, _ = arguments(torch.float32, 4, 0)
-    wanted = torch.tensor(boxes).reshape(-1, 4)
-    index = torch.arange(len(wanted), dtype=torch.int32) % 4
+    inputs = example(torch.float32, 4, 0, torch.tensor(boxes).reshape(-1, 4))
     with fused.installed():
-        check_against_oracle((table, sizes, offsets, strides * stride / 4, wanted, index), 3, shift)
+        check_against_oracle(inputs._replace(strides=inputs.strides * stride / 4, shift=shift), 3)
 
 
 @pytest.mark.parametrize("dtype", sorted(cuda_kernels.DTYPES, key=str), ids=str)
 def test_same_results_as_the_portable_path(on_host: Library, dtype: torch.dtype) -> None:
     rows = [*BOXES, [NAN, 1, 2, 3], [1, 1, INF, 9], [-INF, -INF, INF, INF]]
-    shared = arguments(dtype, 16, 5, torch.tensor(rows, dtype=torch.float32))
-    pooled, expected = cuda_kernels.forward(*shared, 7, 0.5), portable.forward(*shared, 7, 0.5)
+    inputs = example(dtype, 16, 5, torch.tensor(rows, dtype=torch.float32))
+    pooled, expected = cuda_kernels.forward(inputs, 7), portable.forward(inputs, 7)
     close = {"rtol": 2.02 * ROUNDING[dtype], "atol": 1e-5, "equal_nan": True}
     torch.testing.assert_close(pooled, expected, **close)
     grad = torch.ones_like(pooled)
     for name in ("backward_boxes", "backward_table"):
-        got, wanted = getattr(cuda_kernels, name)(grad, *shared, 0.5), getattr(portable, name)(grad, *shared, 0.5)
+        got, wanted = getattr(cuda_kernels, name)(grad, inputs), getattr(portable, name)(grad, inputs)
         torch.testing.assert_close(got, wanted, **close | {"atol": 1e-4})
 
 
 def test_box_policy(on_host: Library) -> None:
     rows = [[9, 9, 9, 20], [9, 9, 3, 20], [NAN, 0, 9, 9], [0, 0, 9, INF], [-INF, 0, INF, 9], *[[3, 3, 40, 40]] * 3]
-    shared = list(arguments(torch.float32, 4, 0, torch.tensor(rows, dtype=torch.float32)))
+    inputs = example(torch.float32, 4, 0, torch.tensor(rows, dtype=torch.float32))
     # A map lies in memory before the first, where an index of -1 must not find it.
-    shared[1:4] = [torch.cat([item[:1], item])[1:] for item in shared[1:4]]
-    shared[5] = torch.tensor([0, 1, 2, 3, 0, -1, 4, 2**31 - 1], dtype=torch.int32)
-    pooled = cuda_kernels.forward(*shared, 3, 0.5)
-    gradient = cuda_kernels.backward_boxes(torch.ones_like(pooled), *shared, 0.5)
-    to_table = cuda_kernels.backward_table(torch.ones_like(pooled), *shared, 0.5)
+    sizes, offsets, strides = (torch.cat([item[:1], item])[1:] for item in inputs[1:4])
+    map_index = torch.tensor([0, 1, 2, 3, 0, -1, 4, 2**31 - 1], dtype=torch.int32)
+    inputs = inputs._replace(sizes=sizes, offsets=offsets, strides=strides, map_index=map_index)
+    pooled = cuda_kernels.forward(inputs, 3)
+    gradient = cuda_kernels.backward_boxes(torch.ones_like(pooled), inputs)
+    to_table = cuda_kernels.backward_table(torch.ones_like(pooled), inputs)
     assert (pooled[:2] == 0).all()
     assert (gradient[:2] == 0).all()
     assert pooled[2:].isnan().all()
@@ -133,35 +133,42 @@ def test_box_policy(on_host: Library) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "index", "value"), [(1, (1, 0), 60), (1, (1, 1), -1), (2, (1,), 409), (2, (1,), -1), (3, (1,), 0.0)]
+    ("field", "index", "value"),
+    [
+        ("sizes", (1, 0), 60),
+        ("sizes", (1, 1), -1),
+        ("offsets", (1,), 409),
+        ("offsets", (1,), -1),
+        ("strides", (1,), 0.0),
+    ],
 )
 def test_a_map_that_leaves_the_table_does_not_exist(
-    on_host: Library, argument: int, index: tuple[int, ...], value: float
+    on_host: Library, field: str, index: tuple[int, ...], value: float
 ) -> None:
-    shared = [item.clone() for item in arguments(torch.float32, 4, 0)]
-    shared[argument][index] = value
-    pooled = cuda_kernels.forward(*shared, 3, 0.5)
-    broken = shared[5] == 1
+    inputs = example(torch.float32, 4, 0)
+    getattr(inputs, field)[index] = value
+    pooled = cuda_kernels.forward(inputs, 3)
+    broken = inputs.map_index == 1
     assert pooled[broken].isnan().all()
     assert pooled[~broken].isfinite().all()
 
 
 def test_inputs_are_left_alone_and_runs_repeat_bit_for_bit(on_host: Library) -> None:
-    shared = arguments(torch.float32, 8, 0)
-    before = [item.clone() for item in shared]
+    inputs = example(torch.float32, 8, 0)
+    before = [item.clone() for item in inputs[:-1]]
     grad = torch.rand(len(BOXES), 7, 7, 8, generator=torch.Generator().manual_seed(0))
     runs = [
         (
-            cuda_kernels.forward(*shared, 7, 0.5),
-            cuda_kernels.backward_boxes(grad, *shared, 0.5),
-            cuda_kernels.backward_table(grad, *shared, 0.5),
+            cuda_kernels.forward(inputs, 7),
+            cuda_kernels.backward_boxes(grad, inputs),
+            cuda_kernels.backward_table(grad, inputs),
         )
         for _ in range(3)
     ]
     for run in runs[1:]:
         for item, first in zip(run, runs[0], strict=True):
             torch.testing.assert_close(item, first, rtol=0, atol=0)
-    for item, original in zip(shared, before, strict=True):
+    for item, original in zip(inputs[:-1], before, strict=True):
         torch.testing.assert_close(item, original, rtol=0, atol=0)
 
 
@@ -172,7 +179,8 @@ def test_every_16_bit_number_survives_a_round_trip(on_host: Library, dtype: torc
     numbers = numbers[(numbers.view(torch.int16) & bits) != bits]  # finite ones; inf times the weights beside it is NaN
     box = torch.tensor([[0.5, 0.5, 0.50000006, 0.50000006]])
     one = torch.ones(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.ones(1)
-    pooled = cuda_kernels.forward(numbers[None].contiguous(), *one, box, torch.zeros(1, dtype=torch.int32), 1, 0.5)
+    inputs = PoolInputs(numbers[None].contiguous(), *one, box, torch.zeros(1, dtype=torch.int32), 0.5)
+    pooled = cuda_kernels.forward(inputs, 1)
     torch.testing.assert_close(pooled.flatten().float(), numbers.float(), rtol=0, atol=0)
 
 
@@ -184,8 +192,8 @@ def test_results_round_to_the_nearest_16_bit_number(on_host: Library, dtype: tor
     pairs[1, ::2] = pairs[0, ::2] + pairs[0, ::2] * torch.finfo(dtype).eps
     sizes = torch.tensor([[1, 2]], dtype=torch.int32)
     box = torch.tensor([[0.5, 0.5, 1.5, 0.50000006]])
-    shared = sizes, torch.zeros(1, dtype=torch.int64), torch.ones(1), box, torch.zeros(1, dtype=torch.int32)
-    pooled = cuda_kernels.forward(pairs.contiguous(), *shared, 1, 0.5)
+    one = torch.zeros(1, dtype=torch.int64), torch.ones(1), box, torch.zeros(1, dtype=torch.int32)
+    pooled = cuda_kernels.forward(PoolInputs(pairs.contiguous(), sizes, *one, 0.5), 1)
     torch.testing.assert_close(pooled.flatten(), pairs.float().mean(0).to(dtype), rtol=0, atol=0)
 
 
@@ -198,10 +206,10 @@ def test_accuracy_does_not_depend_on_the_size_of_the_box(on_host: Library, size:
 
 
 def loads(library: Library, box: list[float]) -> int:
-    shared = measure.one_map(torch.zeros(measure.HEIGHT * measure.WIDTH, 4), torch.tensor([box]))
+    inputs = measure.one_map(torch.zeros(measure.HEIGHT * measure.WIDTH, 4), torch.tensor([box]))
     library.take_loads()
-    cuda_kernels.forward(*shared, 7, 0.5)
-    cuda_kernels.backward_boxes(torch.zeros(1, 7, 7, 4), *shared, 0.5)
+    cuda_kernels.forward(inputs, 7)
+    cuda_kernels.backward_boxes(torch.zeros(1, 7, 7, 4), inputs)
     return library.take_loads()
 
 
@@ -218,7 +226,7 @@ def test_at_most_half_the_loads_of_2018(on_host: Library) -> None:
     rng = np.random.default_rng(0)
     chosen = torch.cat([measure.boxes_of(size, 8, rng) for size in (16, 20, 24)])  # what FPN gives a level
     on_host.take_loads()
-    cuda_kernels.forward(*measure.one_map(torch.zeros(measure.HEIGHT * measure.WIDTH, 4), chosen), 7, 0.5)
+    cuda_kernels.forward(measure.one_map(torch.zeros(measure.HEIGHT * measure.WIDTH, 4), chosen), 7)
     assert on_host.take_loads() <= 0.5 * measure.loads_of_2018(chosen)
 
 
@@ -252,7 +260,7 @@ def test_the_host_notices_a_divergent_barrier(tmp_path_factory: pytest.TempPathF
     fault = {barrier: f"    if (threadIdx.x < 7) return;\n{barrier}"}
     library = Library(tmp_path_factory.mktemp("diverged"), [Variant(torch.float32, 3, 4)], faults=fault)
     with library.installed(), pytest.raises(RuntimeError, match=r"prroi_forward: divergent barrier"):
-        cuda_kernels.forward(*arguments(torch.float32, 4, 0), 3, 0.5)
+        cuda_kernels.forward(example(torch.float32, 4, 0), 3)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +276,7 @@ def test_the_host_notices_wrong_arguments(on_host: Library, monkeypatch, change,
 
     monkeypatch.setattr(cuda_kernels, "_launch", launch)
     with pytest.raises(RuntimeError, match=message):
-        cuda_kernels.forward(*arguments(torch.float32, 4, 0), 3, 0.5)
+        cuda_kernels.forward(example(torch.float32, 4, 0), 3)
 
 
 def test_a_fault_must_find_its_place() -> None:

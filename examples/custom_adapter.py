@@ -1,9 +1,9 @@
-"""An adapter for a detector that no adapter knows, in twenty lines.
+"""An adapter for a detector that no installed adapter knows, in twenty lines.
 
-    iou-refiner train --detector examples/own_adapter.py:adapter ...
+    iou-refiner train --detector examples/custom_adapter.py:adapter ...
 
-``Centers`` stands for your detector: it finds the sides of objects from the cells in their middle, as FCOS does. It is
-left untrained here, with the same random weights each time. The adapter is what follows it.
+``Centers`` stands for your detector: it predicts the sides of objects from the cells in their middle, as FCOS does. It
+is left untrained here, with the same random weights each time. The adapter is what follows it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import ops
 
-from iou_refiner import Detections, FeatureMaps, Frame
-from iou_refiner.adapters.custom import OwnAdapter
+from iou_refiner import Detections, FeatureMaps, ImageTransform
+from iou_refiner.adapters.custom import CustomAdapter
 
 STRIDES = (8, 16)
 
@@ -37,7 +37,7 @@ class Centers(nn.Module):
             row[:, : image.shape[1], : image.shape[2]] = image
         return batch, sizes
 
-    def look(self, batch: Tensor) -> list[Tensor]:
+    def maps(self, batch: Tensor) -> list[Tensor]:
         """Feature maps, one per stride."""
         fine = self.fine(batch)
         return [fine, self.coarse(fine)]
@@ -51,19 +51,19 @@ class Centers(nn.Module):
             sides = self.sides(level).flatten(2).mT.exp() * stride
             boxes.append(torch.cat([center - sides[..., :2], center + sides[..., 2:]], 2))
             scores.append(self.classes(level).flatten(2).mT.sigmoid())
-        found = []
+        candidates = []
         for box, score, size in zip(torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True):
             box = ops.clip_boxes_to_image(box, size)
-            sound = (box[:, 2:] > box[:, :2]).all(1, keepdim=True)
-            row, label = torch.nonzero((score > self.score_thresh) & sound, as_tuple=True)
-            found.append((box[row], score[row, label], label))
-        return found
+            valid = (box[:, 2:] > box[:, :2]).all(1, keepdim=True)
+            row, label = torch.nonzero((score > self.score_thresh) & valid, as_tuple=True)
+            candidates.append((box[row], score[row, label], label))
+        return candidates
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Detections after greedy NMS, class by class."""
         batch, sizes = self.pad(images)
         results = []
-        for boxes, scores, labels in self.predict(self.look(batch), sizes):
+        for boxes, scores, labels in self.predict(self.maps(batch), sizes):
             keep = ops.batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
             results.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
         return results
@@ -72,17 +72,17 @@ class Centers(nn.Module):
 # --- the adapter -----------------------------------------------------------------------------------------------------
 
 
-def look(detector: Centers, images: list[Tensor]) -> tuple[FeatureMaps, list[Detections], list[Frame]]:
-    """What the detector has before it suppresses: maps, candidates, and where each image lies in the batch."""
+def extract(detector: Centers, images: list[Tensor]) -> tuple[FeatureMaps, list[Detections], list[ImageTransform]]:
+    """What the detector has before suppression: maps, candidates, and where each image lies in the batch."""
     batch, sizes = detector.pad(images)
-    maps = detector.look(batch)
-    candidates = [Detections(*found) for found in detector.predict(maps, sizes)]
-    return FeatureMaps(tuple(maps), STRIDES, tuple(sizes)), candidates, [Frame(size) for size in sizes]
+    maps = detector.maps(batch)
+    candidates = [Detections(*rows) for rows in detector.predict(maps, sizes)]
+    return FeatureMaps(tuple(maps), STRIDES, tuple(sizes)), candidates, [ImageTransform(size) for size in sizes]
 
 
-def adapter() -> OwnAdapter:
+def adapter() -> CustomAdapter:
     """Ready for ``IoURefiner(adapter(), head=...)`` and for ``--detector``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         detector = Centers().eval()
-    return OwnAdapter(detector, look, settings=f"score_thresh={detector.score_thresh}")
+    return CustomAdapter(detector, extract, settings=f"score_thresh={detector.score_thresh}")

@@ -1,12 +1,13 @@
 """Every speed the project promises, side by side with what it is measured against, in one run.
 
-    python scripts/bench.py --json bench.json          (2 to 3 minutes on 2 idle CPU cores; --only nms for some rows)
-    python scripts/bench.py --device cuda
+    python -m scripts.bench --json bench.json          (2 to 3 minutes on 2 idle CPU cores; --only nms for some rows)
+    python -m scripts.bench --device cuda
 
-Needs: pip install -e ".[torchvision]" ensemble-boxes rich. Ours and theirs are called in turns, so both meet the same
-machine; a ratio is the median over the rounds of the ratio of one round, its spread the 10th to 90th percentile. Every
-contender's result is checked before it is timed. --clock cpu times the process instead of the wall: for a busy machine.
-Models and features are random. No detector is downloaded; what a stage costs depends on shapes, not on weights.
+Needs: pip install -e ".[torchvision]" ensemble-boxes. Rows whose peer is not installed are named and left out. Ours and
+theirs are called in turns, so both meet the same machine; a ratio is the median over the rounds of the ratio of one
+round, its spread the 10th to 90th percentile. Every result is checked before it is timed. --clock cpu times the process
+instead of the wall: for a busy machine. Models and features are random. No detector is downloaded: what a stage costs
+depends on shapes, not on weights.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from iou_refiner.files import write_whole
 from iou_refiner.pooling import cuda_kernels
-from scripts.bench.rows import rows
+from scripts.bench.rows import GROUPS, rows
 
 
 @dataclass
@@ -92,17 +94,19 @@ def main() -> int:
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--seconds", default=8.0, type=float, help="about how long each row is raced")
-    parser.add_argument("--only", default="", help="rows with this word in their name")
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--only", default="", help=f"groups with this word in their name: {', '.join(GROUPS)}")
+    parser.add_argument("--json", type=Path, help="write the rows there, too, as they are measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = "CuPy kernels" if cuda_kernels.is_available(args.device) else "portable path"
     load = [round(value, 1) for value in os.getloadavg()]
     about = f"{args.device}, {path}, {args.threads} threads of {os.cpu_count()} cores, {args.clock} clock, load {load}"
     table = Table("work", "against", "ours ms", "theirs ms", "ratio", "10-90 %", "limit", "rounds", title=about)
-    measured = []
+    measured: list[dict[str, Any]] = []
     for row in measure(args):
-        measured.append(row)
+        measured.append(asdict(row))
+        if args.json:
+            write_whole(args.json, json.dumps({"about": about, "rows": measured}, indent=1).encode() + b"\n")
         met = "green" if row.ratio <= row.limit else "red"
         table.add_row(
             row.name, row.peer, f"{row.ours_ms:.2f}", f"{row.peer_ms:.2f}", f"[{met}]{row.ratio:.3f}[/]",
@@ -110,8 +114,6 @@ def main() -> int:
         )  # fmt: skip
         print(f"{row.name}: {row.ratio:.3f} (limit {row.limit:g})", file=sys.stderr)
     Console(width=150).print(table)
-    if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in measured]}, indent=1) + "\n")
     return 0
 
 

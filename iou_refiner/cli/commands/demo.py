@@ -1,0 +1,30 @@
+"""``iou-refiner demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from iou_refiner.cli.exit_codes import OK
+from iou_refiner.cli.options import Quiet
+
+
+def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo"), console: Quiet) -> int:
+    """Train a small detector and its IoU head on made images, here and now, and show before and after.
+
+    Parameters
+    ----------
+    output
+        Folder for images, weights, results and the picture.
+    """
+    from iou_refiner.demo import run_demo
+
+    with console.progress() as progress:
+        result = run_demo(output, seed=console.seed, progress=progress)
+    if not console.as_json:
+        print(result.about)
+    console.table(result.head, result.rows(), result.to_dict())
+    console.note(f"Images, weights, results and the picture before_after.png are in {output}")
+    return OK

@@ -1,0 +1,3 @@
+"""The exit codes of all commands."""
+
+OK, UNEXPECTED, USAGE, INVALID_DATA, GATE_MISSED, MISSING_PACKAGE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130

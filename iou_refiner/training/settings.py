@@ -1,0 +1,47 @@
+"""The settings of training, as plain data. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iou_refiner.checks import check_fraction, check_positive
+
+# The lowest IoU that boxes can be jittered to: at the end of its ray every box, whatever the direction, is below it.
+LOWEST_IOU = 0.02
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a head is trained. The optimizer is AdamW, with a linear warm-up and a cosine to zero.
+
+    Args:
+        views: views of every image to train on: itself, its mirror image, then random windows. Few images want many.
+        epochs: passes over all views of all images.
+        batch_size: images a step.
+        boxes_per_image: boxes sampled from each image.
+        candidate_share: share of them that are the detector's own candidates; the rest is jittered ground truth.
+        jitter_min_iou: lowest IoU of the jittered boxes.
+        lr: peak learning rate.
+        weight_decay: of AdamW.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    views: int = 4
+    epochs: int = 2
+    batch_size: int = 8
+    boxes_per_image: int = 96
+    candidate_share: float = 0.5
+    jitter_min_iou: float = 0.2
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("views", "epochs", "batch_size", "boxes_per_image", "lr"):
+            check_positive(name, getattr(self, name))
+        check_fraction("candidate_share", self.candidate_share)
+        if not LOWEST_IOU <= self.jitter_min_iou <= 1:
+            raise ValueError(f"`jitter_min_iou` must lie in [{LOWEST_IOU}, 1], got {self.jitter_min_iou!r}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"`weight_decay` must be 0 or more, got {self.weight_decay!r}.")
