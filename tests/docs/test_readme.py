@@ -66,6 +66,6 @@ def test_ci_runs_the_first_two_commands_as_printed():
     """What a newcomer types first is what CI types, in fresh clones and environments of its own."""
     first = next(block for language, block in BLOCKS if language == "bash")
     printed = [line.partition("#")[0].strip() for line in first.splitlines()]
-    run = re.findall(r"^    as_a_newcomer \w+ '(.*)'$", (ROOT / ".ci" / "run").read_text(), re.M)
+    run = re.findall(r"^start \w+ as_a_newcomer \w+ '(.*)'$", (ROOT / ".ci" / "run").read_text(), re.M)
     assert printed == run
     assert [line.partition(" && ")[2] for line in printed] == ["iou-refiner demo", "pytest"]
