@@ -15,14 +15,17 @@ import math
 import sys
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iou_refiner import Detections, FeatureMaps, ImageTransform
+from iou_refiner import DataError, Detections, FeatureMaps, ImageTransform
 from iou_refiner.adapters.twins import shallow
+from iou_refiner.adapters.weights import tensors_only
 from iou_refiner.checks import require
 from iou_refiner.detector.adapter import Adapter, Suppression
 
@@ -50,9 +53,27 @@ class TorchvisionAdapter(Adapter):
 
     @classmethod
     def from_name(cls, name: str) -> TorchvisionAdapter:
-        """The detector called ``name`` in torchvision's model registry, with its best published weights."""
+        """The detector called ``name`` in torchvision's model registry, with its best published weights.
+
+        Raises:
+            DataError: the weights cannot be fetched, or hold more than tensors.
+        """
         models = require("torchvision.models", extra="torchvision", purpose="A torchvision detector")
-        return cls(models.get_model(name, weights="DEFAULT").eval())
+        try:
+            url = models.get_model_weights(name).DEFAULT.url
+            stored = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+            with tensors_only(f"{name} of torchvision", str(stored)):
+                return cls(models.get_model(name, weights="DEFAULT").eval())
+        except OSError as error:  # of the network too
+            raise DataError(
+                f"The weights of torchvision's {name} cannot be fetched ({error}). They are downloaded once: try again "
+                "with a connection. For weights of your own, build the detector in a function: file.py:function."
+            ) from None
+
+    @property
+    def nms_threshold(self) -> float:
+        """The detector's own."""
+        return float(_suppressor(self.detector).nms_thresh)
 
     def settings(self) -> str:
         """How images are prepared and which boxes are candidates."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,24 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPackageError(
-            f'{purpose} needs {module}, which is not importable ({error}). pip install "iou-refiner[{extra}]"'
+            f"{purpose} needs {module}, which is not importable ({error}). {how_to_install(extra)}"
         ) from error
+
+
+def how_to_install(extra: str) -> str:
+    """The pip lines of an optional extra: from a checkout, and from a package index that has it."""
+    return f'In a checkout: pip install -e ".[{extra}]", elsewhere: pip install "iou-refiner[{extra}]"'
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Text from a file for a message: what does not print (control characters, terminal codes) escaped, length bounded.
+
+    Args:
+        text: a file name, the name of a category, a key.
+        limit: characters from which on it is cut, before escaping.
+    """
+    cut = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in cut)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -61,6 +78,15 @@ def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` lies in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must lie in [0, 1], got {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a number (with ``whole``, an integer) in [``low``, ``high``]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, got {value!r}.")
+    if not low <= float(value) <= high:
+        raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}], got {value!r}.")
 
 
 def check_boxes(name: str, boxes: Tensor) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from iou_refiner.checks import DataError
 from iou_refiner.detector.adapter import Adapter
 from iou_refiner.detector.registry import as_adapter
 from iou_refiner.head.checkpoint import load_head
+from iou_refiner.head.config import TrainedCategory
 from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
+from iou_refiner.structures import Detections, FeatureMaps
 
 
 class IoURefiner(nn.Module):
@@ -26,7 +31,12 @@ class IoURefiner(nn.Module):
 
     Raises:
         TypeError: no adapter knows the detector.
-        ValueError: the head was trained on another detector, or a setting is unknown or out of range.
+        ValueError: a setting is unknown or out of range.
+        DataError: the head was trained on another detector.
+
+    Warns:
+        UserWarning: once, when the detector has candidates of categories that the head was not trained on. They keep
+            the detector's own suppression, box and score; ``all_categories=True`` applies the head to them too.
 
     A detector in training mode is called as it is: there are no detections to refine.
     """
@@ -50,26 +60,49 @@ class IoURefiner(nn.Module):
         self.head = head if isinstance(head, IoUHead) else load_head(head)
         check_head(self.head, self.adapter)
         self.head.to(self.adapter.device).eval()
-        self.stage = Stage(self.head, settings, **changes)
+        self.stage = Stage(self.head, settings, own_threshold=self.adapter.nms_threshold, **changes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the detector's own call; boxes, scores and labels are the stage's."""
+        """As the detector's own call; boxes, scores and labels are the stage's. No images give no results."""
+        if not kwargs and len(args) == 1 and isinstance(args[0], (list, tuple)) and not args[0]:
+            return []
         if self.stage is None or self.adapter.training:
             return self.adapter.detect(*args, **kwargs)
-        return self.adapter.run(self.stage, *args, **kwargs)
+        return self.adapter.run(self._suppress, *args, **kwargs)
+
+    def _suppress(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
+        """The stage, with a word on the first boxes that are beyond the head's training."""
+        assert self.stage is not None
+        before = self.stage.summary.untrained
+        detections = self.stage(features, candidates)
+        if self.stage.summary.untrained > before == 0:
+            trained = self.head.metadata.categories
+            warnings.warn(
+                f"The detector has boxes of categories that the head was not trained on (it was on {names(trained)}): "
+                "these keep the detector's own suppression, box and score. To apply the head to them too: "
+                "all_categories=True.",
+                stacklevel=2,
+            )
+        return detections
 
     def native(self) -> Any:
         """The detector with the stage in it, as an object of the framework's own class, for code that asks for one
         (``inference_detector`` of mmdet). It shares all weights with the detector, which stays as it is."""
-        return self.detector if self.stage is None else self.adapter.twin(self.stage)
+        return self.detector if self.stage is None else self.adapter.twin(self._suppress)
 
 
 def check_head(head: IoUHead, adapter: Adapter) -> None:
-    """Raise ValueError if the head says that it was trained on the features of another detector."""
+    """Raise DataError if the head says that it was trained on the features of another detector."""
     trained_on, here = head.metadata, adapter.fingerprint()
     if trained_on.fingerprint and trained_on.fingerprint != here:
-        raise ValueError(
+        raise DataError(
             f"The head was trained on the detector {trained_on.detector_name or 'without a name'} "
             f"{trained_on.fingerprint[:12]}, this one is {adapter.name} {here[:12]}: its predictions would mean "
             "nothing here. Use the detector it was trained on, or train a head for this one."
         )
+
+
+def names(categories: Sequence[TrainedCategory]) -> str:
+    """The names of a few categories, for a message."""
+    shown = ", ".join(category.name for category in categories[:5])
+    return shown + (f", ... {len(categories)} in all" if len(categories) > 5 else "") if categories else "others"

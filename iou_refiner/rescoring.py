@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from iou_refiner.boxes import clip_boxes, valid_boxes
+from iou_refiner.boxes import clip_boxes
 from iou_refiner.checks import DataError, did_you_mean
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy, xyxy_to_xywh
 from iou_refiner.detector.features import Extraction
@@ -69,7 +70,9 @@ def rescore(
 ) -> Iterator[Results]:
     """Put saved results through the stage, one image at a time.
 
-    Records keep their other keys, except ``segmentation`` where boxes are refined: the mask would no longer fit.
+    Every record is counted in the summary of the stage: those that came in are those that come out, were suppressed, or
+    were dropped (outside of the image, empty, not finite, beyond ``max_candidates``). Records keep their other keys,
+    except ``segmentation`` where boxes are refined: the mask would no longer fit.
 
     Args:
         source: of the features.
@@ -101,7 +104,8 @@ def rescore(
             source=torch.arange(len(part)),
         )
         (detections,) = stage(extraction.features, [candidates])
-        yield to_results(image, extraction, detections.to("cpu"), shared, _other_keys(part, stage, detections))
+        better = _clipped(image, extraction, detections.to("cpu"), shared, _other_keys(part, stage, detections))
+        yield better[_placed(better, part, detections, stage)]
 
 
 def to_results(
@@ -120,9 +124,21 @@ def to_results(
         category_of: category id of each label, from :func:`category_map`.
         extra: other keys of each record.
     """
+    results = _clipped(image, extraction, detections, category_of, extra)
+    return results[_has_size(results)]
+
+
+def _clipped(
+    image: Image,
+    extraction: Extraction,
+    detections: Detections,
+    category_of: Mapping[int, int],
+    extra: tuple[dict[str, Any], ...] | None = None,
+) -> Results:
+    """The same with a record for every detection: a box outside of the image comes out without a size."""
     boxes = extraction.transform.to_image(detections.boxes.double())
     boxes = clip_boxes(boxes, (image.height, image.width))
-    results = Results(
+    return Results(
         image_id=np.full(len(detections), image.id, dtype=np.int64),
         category_id=np.array([category_of[int(label)] for label in detections.labels], dtype=np.int64),
         bbox=xyxy_to_xywh(boxes.numpy()),
@@ -130,7 +146,22 @@ def to_results(
         iou=None if detections.ious is None else detections.ious.double().numpy(),
         extra=extra,
     )
-    return results[valid_boxes(boxes).numpy()]
+
+
+def _has_size(results: Results) -> NDArray[np.bool_]:
+    """Mask (n,) of the records that are finite and have a width and a height."""
+    boxes = results.bbox
+    return np.asarray(np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1), np.bool_)
+
+
+def _placed(better: Results, part: Results, detections: Detections, stage: Stage) -> NDArray[np.bool_]:
+    """Mask of the records to write; the others are counted as empty, or as outside of the image."""
+    mask = _has_size(better)
+    if not mask.all() and detections.source is not None:
+        records = part.bbox[detections.source.cpu().numpy()[~mask]]
+        empty = int((records[:, 2:] <= 0).any(1).sum())
+        stage.summary.drop(empty=empty, outside=len(records) - empty)
+    return mask
 
 
 def _other_keys(part: Results, stage: Stage, detections: Detections) -> tuple[dict[str, Any], ...] | None:

@@ -33,7 +33,7 @@ from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
 from iou_refiner.checks import DataError, check_positive
 from iou_refiner.cli.console import Console
 from iou_refiner.coco import GroundTruth, Image, Results, read_ground_truth, xywh_to_xyxy, xyxy_to_xywh
-from iou_refiner.detector.features import open_image
+from iou_refiner.detector.images import open_image
 from iou_refiner.detector.views import View
 from iou_refiner.evaluation.ap import evaluate
 from iou_refiner.files import replacing, write_whole

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from iou_refiner.files import replacing
+from iou_refiner.files import replacing, to_json, write_whole
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -59,3 +63,70 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         replacing(tmp_path / "absent" / "file.bin"),
     ):
         pass
+
+
+# ---- What killed processes left. ----
+
+QUARTER = 15 * 60
+
+
+@pytest.fixture(scope="module")
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(
+    ("name", "age", "swept"),
+    [
+        ("file.bin.{gone}.tmp", QUARTER + 5, True),  # as earlier versions named them
+        ("file.bin.0123abcd.{gone}.tmp", QUARTER + 5, True),
+        ("file.bin.0123abcd.{gone}.tmp", QUARTER - 60, False),
+        ("file.bin.0123abcd.{gone}.tmp", -1000, False),  # of a clock that runs ahead
+        ("file.bin.0123abcd.{alive}.tmp", 10 * QUARTER, False),
+        ("file.bin.0123abcd.{own}.tmp", 10 * QUARTER, False),
+        ("file.bin.0123abcd.0.tmp", 10 * QUARTER, False),
+        ("file.bin.0123abcd.99999999999999999999999.tmp", 10 * QUARTER, False),  # no number of a process
+        ("other.bin.0123abcd.{gone}.tmp", 10 * QUARTER, False),
+        ("file.bin.notes.{gone}.tmp", 10 * QUARTER, False),
+        ("fileXbin.0123abcd.{gone}.tmp", 10 * QUARTER, False),  # the dot is no pattern
+        ("file.bin.tmp", 10 * QUARTER, False),
+    ],
+)
+def test_only_what_a_dead_process_left_is_swept(tmp_path: Path, gone: int, name: str, age: int, swept: bool) -> None:
+    left = tmp_path / name.format(gone=gone, alive=os.getppid(), own=os.getpid())
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - age,) * 2)
+    write_whole(tmp_path / "file.bin", b"whole")
+    assert left.exists() != swept
+    assert (tmp_path / "file.bin").read_bytes() == b"whole"
+
+
+def test_links_and_folders_are_not_swept(tmp_path: Path, gone: int) -> None:
+    (tmp_path / "kept").write_bytes(b"mine")
+    (tmp_path / f"file.bin.{gone}.tmp").symlink_to(tmp_path / "kept")
+    (tmp_path / f"file.bin.0123abcd.{gone}.tmp").mkdir()
+    os.utime(tmp_path / "kept", (0, 0))
+    os.utime(tmp_path / f"file.bin.0123abcd.{gone}.tmp", (0, 0))
+    write_whole(tmp_path / "file.bin", b"whole")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_two_writers_of_one_process_do_not_meet(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file.bin") as one, replacing(tmp_path / "file.bin") as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert content(tmp_path) == {"file.bin": b"one"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": float("nan"), "b": [1.5, float("inf")]}, '{"a": null, "b": [1.5, null]}'),
+        ((1, "NaN", None, True), '[1, "NaN", null, true]'),
+    ],
+)
+def test_json_is_json(value: object, text: str) -> None:
+    assert to_json(value) == text

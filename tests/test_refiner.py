@@ -7,7 +7,7 @@ import torch
 
 from iou_refiner import HeadConfig, IoUHead, IoURefiner, StageSettings, save_head
 from iou_refiner.boxes import pairwise_iou
-from iou_refiner.head.config import HeadMetadata
+from iou_refiner.head.config import HeadMetadata, TrainedCategory
 from tests.kit.toys import OracleHead, ToyDetector, ToyScene, make_scene
 
 
@@ -99,3 +99,24 @@ class TestIoURefiner:
             assert all(torch.equal(ours[name], same[name]) for name in same)
         assert "ious" not in detector(images)[0]
         assert IoURefiner(detector).native() is detector
+
+    def test_no_images_give_no_results(self, scene, head):
+        detector = scene.detector
+        for refiner in (IoURefiner(detector), IoURefiner(detector, head)):
+            assert refiner([]) == []
+            assert refiner(()) == []
+
+    def test_categories_beyond_the_training_keep_the_detectors_suppression_and_are_told_once(self, scene, head):
+        _, _, _, detector, images = scene
+        head.metadata = HeadMetadata(categories=(TrainedCategory(7, "car", 7),))
+        refiner = IoURefiner(detector, head)
+        with pytest.warns(UserWarning, match=r"not trained on \(it was on car\).*all_categories=True") as told:
+            results = refiner(images)
+        assert len(told) == 1
+        for ours, own in zip(results, detector(images), strict=True):
+            assert all(torch.equal(ours[name], own[name]) for name in own)
+            assert (ours["ious"] == 0).all()
+        refiner(images)  # warnings are errors here: a second one would end the test
+        IoURefiner(detector, head, all_categories=True)(images)
+        with pytest.warns(UserWarning, match="not trained on"):
+            IoURefiner(detector, head).native()(images)

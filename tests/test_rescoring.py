@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
 from iou_refiner import DataError, HeadConfig, IoUHead, Stage, StageSettings
-from iou_refiner.coco import GroundTruth, Results, read_ground_truth, xywh_to_xyxy
+from iou_refiner.coco import GroundTruth, Results, read_ground_truth, write_parts, write_results, xywh_to_xyxy
 from iou_refiner.detector.sources import FeatureCache, feature_source
 from iou_refiner.rescoring import category_map, dump_candidates, rescore
 from tests.kit.toys import SIZE, make_dataset
@@ -121,6 +119,28 @@ def test_records_of_unknown_images_or_categories_are_named(scene):
             list(rescore(source, None, Stage(head), wrong, truth))
 
 
+@pytest.mark.parametrize("name", ["out.json", "out.json.gz"])
+def test_written_image_by_image_the_bytes_are_those_of_all_at_once(scene, tmp_path, name):
+    truth, source, head, *_ = scene
+    parts = list(rescore(source, None, Stage(head), candidates(scene), truth))
+    write_results(tmp_path / f"all-{name}", Results.concat(parts), image_order=[image.id for image in truth.images])
+    assert write_parts(tmp_path / name, iter(parts)) == sum(map(len, parts))
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"all-{name}").read_bytes()
+    assert write_parts(tmp_path / name, []) == 0
+    write_results(tmp_path / f"all-{name}", Results.concat([]))
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"all-{name}").read_bytes()
+
+    def stopped():
+        yield parts[0]
+        raise KeyboardInterrupt
+
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        write_parts(tmp_path / name, stopped())
+    assert (tmp_path / name).read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_categories_must_be_shared(scene):
     truth: GroundTruth = scene[0]
     assert category_map({0: 1, 5: 9}, truth) == {0: 1}
@@ -131,10 +151,10 @@ def test_categories_must_be_shared(scene):
 
 def test_a_cache_gives_the_same_within_half_precision(scene, tmp_path):
     truth, source, head, detector, folder = scene
-    cache = FeatureCache(tmp_path, detector, dtype="float32")
+    cache = FeatureCache(tmp_path, detector, dtype="float32").of(folder)
     live = Results.concat(rescore(source, None, Stage(head), candidates(scene), truth))
     for _ in range(2):  # filled, then reused
-        cached = Results.concat(rescore(partial(cache.get, folder), None, Stage(head), candidates(scene), truth))
+        cached = Results.concat(rescore(cache, None, Stage(head), candidates(scene), truth))
         np.testing.assert_array_equal(cached.bbox, live.bbox)
         np.testing.assert_array_equal(cached.iou, live.iou)
     assert truth.images[0].width == SIZE

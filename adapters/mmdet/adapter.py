@@ -48,14 +48,18 @@ class MmdetAdapter(Adapter):
     def from_name(cls, name: str) -> MmdetAdapter:
         """The detector of ``CONFIG.py`` or ``CONFIG.py:WEIGHTS``, a file or URL. Without: the config's ``load_from``.
 
+        The config is Python and is run; the weights are data.
+
         Raises:
             DataError: no such config or weights, or weights that do not fill the detector.
         """
         stem, colon, weights = name.partition(".py:")
         path = f"{stem}.py" if colon else name
+        if not path.endswith(".py"):  # as YAML, mmengine would run the tags in it
+            raise DataError(f"An mmdet detector is named by CONFIG.py or CONFIG.py:WEIGHTS, got {name!r}.")
         try:
             config = library("mmengine.config").Config.fromfile(path)
-        except OSError as error:
+        except (OSError, SyntaxError) as error:
             raise DataError(f"The config of an mmdet detector, {path!r}, cannot be read ({error}).") from None
         weights = weights or config.get("load_from")
         if not weights:

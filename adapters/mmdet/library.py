@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pickle
 from typing import Any
 
 from iou_refiner import DataError, MissingPackageError
+from iou_refiner.adapters.weights import tensors_only
 
 TESTED = "mmdet==3.3.0 mmengine==0.10.7 mmcv==2.1.0"
 
@@ -65,18 +65,15 @@ def load(config: Any, weights: str) -> Any:
     """The detector of a config, filled from a checkpoint.
 
     Raises:
-        DataError: the checkpoint cannot be read, or leaves some of the detector unfilled, which mmdet would only log.
+        DataError: the checkpoint cannot be read, holds more than tensors, or leaves some of the detector unfilled,
+            which mmdet would only log.
     """
     try:
-        detector = library("mmdet.apis").init_detector(config, weights, device="cpu")
-        checkpoint = library("mmengine.runner").CheckpointLoader.load_checkpoint(weights, map_location="cpu")
+        with tensors_only(weights):
+            checkpoint = library("mmengine.runner").CheckpointLoader.load_checkpoint(weights, map_location="cpu")
+            detector = library("mmdet.apis").init_detector(config, weights, device="cpu")
     except (OSError, RuntimeError) as error:
         raise DataError(f"The weights {weights!r} cannot be read ({error}).") from None
-    except pickle.UnpicklingError:
-        raise DataError(
-            f"The weights {weights!r} hold more than tensors, which torch does not read from just any file. "
-            "If you trust it, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
-        ) from None
     loaded = checkpoint.get("state_dict", checkpoint)
     tensors = {name: tensor for name, tensor in detector.state_dict().items() if tensor.is_floating_point()}
     unfilled = [n for n, tensor in tensors.items() if n not in loaded or loaded[n].shape != tensor.shape]

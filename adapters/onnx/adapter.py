@@ -72,7 +72,7 @@ class OnnxAdapter(Adapter):
         ``detectors/some.onnx`` is described by ``detectors/some.layout.json``, see :meth:`OnnxLayout.read`.
         """
         described = Path(name).with_suffix(".layout.json")
-        return cls(name, OnnxLayout.read(described)) if described.exists() else cls(name)
+        return cls(name, OnnxLayout.read(described)) if described.is_file() else cls(name)
 
     def _find_boxes(self, model: Any) -> str:
         """The name of the tensor of boxes; checks the other names of the layout as well."""
@@ -142,6 +142,12 @@ class OnnxAdapter(Adapter):
     def device(self) -> torch.device:
         """Always the CPU."""
         return torch.device("cpu")
+
+    @property
+    def nms_threshold(self) -> float | None:
+        """That of the layout."""
+        threshold: float | None = self.layout.nms_threshold
+        return threshold
 
     def to(self, device: torch.device | str) -> OnnxAdapter:
         """Stay on the CPU; any other device is refused."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from iou_refiner import DataError
@@ -11,6 +12,7 @@ from iou_refiner.checks import did_you_mean, require
 
 PURPOSE = "An ONNX detector"
 _YOLOX_LEVELS = 3
+_MOST_BYTES = 2**31 - 1  # of a protobuf message
 # Operators that only rearrange values, passed through on the way from the output back to the head.
 _RESHAPING = {"Flatten", "Identity", "Reshape", "Transpose"}
 
@@ -19,26 +21,68 @@ def load(path: Path) -> tuple[Any, str]:
     """The model with all its weights, and the SHA-256 of its files.
 
     Raises:
-        DataError: a file is missing, unreadable or no ONNX model.
+        DataError: a file is missing, unreadable, not beside the graph, too large or no ONNX model.
     """
     onnx = require("onnx", extra="onnx", purpose=PURPOSE)
     broken = require("google.protobuf.message", extra="onnx", purpose=PURPOSE).DecodeError
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
+            raise DataError(f"{path} is not an ONNX model (not a file of at most 2 GB).")
         content = path.read_bytes()
         model = onnx.load_model_from_string(content)
-        tensors = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-        places = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+        places = _check_places(model, path)
         onnx.load_external_data_for_model(model, str(path.parent))
         digest = hashlib.sha256(content)
-        for place in sorted(places):
+        for place in places:
             digest.update((path.parent / place).read_bytes())
-    except (OSError, onnx.checker.ValidationError) as error:
-        raise DataError(f"{path} cannot be read ({error}).") from None
     except broken as error:
         raise DataError(f"{path} is not an ONNX model ({error}).") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise DataError(f"{path} cannot be read ({error}).") from None
     if not model.graph.node:
         raise DataError(f"{path} is not an ONNX model (it holds no graph).")
     return model, digest.hexdigest()
+
+
+def _check_places(model: Any, path: Path) -> list[str]:
+    """The files in which tensors of the model keep their values, sorted.
+
+    Raises:
+        DataError: one lies outside the folder of ``path``, or they hold more than a model can.
+    """
+    external = require("onnx", extra="onnx", purpose=PURPOSE).TensorProto.EXTERNAL
+    folder, places, size = path.parent.resolve(), set(), 0
+    for tensor in _tensors(model):
+        if tensor.data_location != external:
+            continue
+        told = {entry.key: entry.value for entry in tensor.external_data}
+        place = told.get("location", "")
+        file = (folder / place).resolve()
+        if not place or PureWindowsPath(place).is_absolute() or not file.is_relative_to(folder):
+            raise DataError(
+                f"{path}: the values of the tensor {tensor.name!r} lie in {place!r}, outside the folder of the graph. "
+                "Put them beside it and save it again: onnx.save(model, path, save_as_external_data=True)."
+            )
+        if not file.is_file():
+            raise DataError(f"{path} cannot be read (no file {place!r} beside it, which holds {tensor.name!r}).")
+        size += int(told.get("length") or file.stat().st_size)
+        places.add(place)
+    if size > _MOST_BYTES:
+        raise DataError(f"{path} cannot be read (its tensors hold {size:,} bytes, a model at most 2 GB).")
+    return sorted(places)
+
+
+def _tensors(part: Any) -> Iterator[Any]:
+    """All tensors of a model, with those in the graphs, attributes and functions inside it."""
+    if part.DESCRIPTOR.name == "TensorProto":
+        yield part
+        return
+    for field, value in part.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(inner)
 
 
 def check_raw(model: Any, path: Path) -> None:
@@ -118,7 +162,11 @@ def _some_maps(model: Any) -> str:
     onnx = require("onnx", extra="onnx", purpose=PURPOSE)
     read = {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
     sizes: dict[tuple[int, ...], list[str]] = {}
-    for value in onnx.shape_inference.infer_shapes(model).graph.value_info:
+    try:
+        values = onnx.shape_inference.infer_shapes(model).graph.value_info
+    except onnx.shape_inference.InferenceError:  # of an operator that nobody knows
+        values = []
+    for value in values:
         shape = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
         if value.name in read and len(shape) == 4 and all(shape[1:]):
             sizes.setdefault(shape[2:], []).append(f"{value.name!r} ({shape[1]} channels)")

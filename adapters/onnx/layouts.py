@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import msgspec
 
 from iou_refiner import DataError
 from iou_refiner.checks import check_choice, check_fraction, check_positive, did_you_mean
+
+#: The longest side of a network input.
+MOST_PIXELS = 16_384
+_MOST_BYTES = 1_000_000  # of the file of a layout
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class OnnxLayout:
         scale, mean, std: a value from 0 to 255 enters as ``(value * scale - mean) / std``; mean and std per channel, in
             the order of ``channels``.
         pad_value: what a letterbox is filled with, from 0 to 255.
-        input_size: ``(height, width)`` of the input, where the graph leaves it open.
+        input_size: ``(height, width)`` of the input, where the graph leaves it open; at most 16,384 a side.
         features: tensors to use as feature maps, finest first. Default: the inputs of the three stems of a YOLOX head.
         strides: pixels per cell of each feature map. Default: input size divided by map size.
         score_threshold: a box enters the candidates once for each class whose score is above it.
@@ -85,9 +90,10 @@ class OnnxLayout:
             if value is not None and len(value) != count:
                 raise ValueError(f"`{name}` must hold {count} numbers, got {value}.")
         check_positive("scale", self.scale)
-        for name in ("std", "input_size"):
+        for name in ("std", "input_size", "strides"):
             for index, value in enumerate(getattr(self, name) or ()):
                 check_positive(f"{name}[{index}]", value)
+        self._check_ranges()
         check_fraction("score_threshold", self.score_threshold)
         if self.nms_threshold is not None:
             check_fraction("nms_threshold", self.nms_threshold)
@@ -96,6 +102,16 @@ class OnnxLayout:
                 "`labels` goes with one score per box, `objectness` and `activation='softmax'` with one per class. "
                 "Give the one or the other."
             )
+
+    def _check_ranges(self) -> None:
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"`mean` must hold finite numbers, got {self.mean}.")
+        if not 0 <= self.pad_value <= 255:
+            raise ValueError(f"`pad_value` must lie in [0, 255], got {self.pad_value!r}.")
+        if self.input_size is not None and max(self.input_size) > MOST_PIXELS:
+            raise ValueError(f"`input_size` must be at most {MOST_PIXELS} pixels a side, got {self.input_size}.")
+        if any(not 0 <= value < 2**63 for value in self.category_ids or ()):
+            raise ValueError(f"`category_ids` must be 0 or more and fit in 64 bits, got {self.category_ids}.")
 
     def replace(self, **changes: Any) -> OnnxLayout:
         """A copy with some values exchanged; an unknown name is refused in words."""
@@ -111,8 +127,12 @@ class OnnxLayout:
             DataError: the file is unreadable, no JSON object, or holds what a layout does not.
         """
         try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            if path.stat().st_size > _MOST_BYTES:
+                raise DataError(f"{path} must hold a layout, of at most {_MOST_BYTES:,} bytes.")
+            data = json.loads(path.read_text(), parse_constant=_no_number)
+        except DataError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as JSON ({error}).") from None
         if not isinstance(data, dict):
             raise DataError(f"{path} must hold a JSON object, the fields of an OnnxLayout, got {type(data).__name__}.")
@@ -127,8 +147,12 @@ class OnnxLayout:
         start = asdict(LAYOUTS[base]) if base else {}
         try:
             return msgspec.convert(start | data, cls)
-        except msgspec.ValidationError as error:
-            raise DataError(f"{path}: {error}.") from None
+        except (msgspec.ValidationError, OverflowError) as error:
+            raise DataError(f"{path}: {str(error).rstrip('.')}.") from None
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON; every number must be finite")
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

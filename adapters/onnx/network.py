@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iou_refiner import DataError
 from iou_refiner.adapters.onnx.graph import PURPOSE
-from iou_refiner.adapters.onnx.layouts import OnnxLayout
+from iou_refiner.adapters.onnx.layouts import MOST_PIXELS, OnnxLayout
 from iou_refiner.checks import require
 
 
@@ -43,13 +43,19 @@ class Network:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self._path, self._fit = path, layout.fit
+        try:
+            content = model.SerializeToString()
+            self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's have no class in common
+            raise self._refused(error) from None
         self._input, self._batched, fixed = _image_input(self._session, path)
         sides = [side or told for side, told in zip(fixed, layout.input_size or (None, None), strict=True)]
         if None in sides:
             raise DataError(f"{path} leaves the size of its input open. Give `input_size`, (height, width).")
         self.input_size: tuple[int, int] = (int(sides[0]), int(sides[1]))
+        if max(self.input_size) > MOST_PIXELS:
+            raise DataError(f"{path} takes {self.input_size} pixels, at most {MOST_PIXELS} a side are possible.")
         self._takes_any_size = None in fixed
         if layout.input_size not in (None, self.input_size):
             raise DataError(f"`input_size` is {layout.input_size}, {path} takes {self.input_size} alone. Leave it out.")
@@ -68,8 +74,17 @@ class Network:
 
     def __call__(self, pixels: np.ndarray) -> dict[str, Tensor]:
         """All named tensors for one input (1, 3, H, W) float32."""
-        values = self._session.run(self.names, {self._input: pixels if self._batched else pixels[0]})
+        try:
+            values = self._session.run(self.names, {self._input: pixels if self._batched else pixels[0]})
+        except Exception as error:
+            raise self._refused(error) from None
         return {name: torch.from_numpy(value) for name, value in zip(self.names, values, strict=True)}
+
+    def _refused(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self._path} cannot be run ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            "Operators are onnxruntime's own, on the CPU; libraries of others are not loaded."
+        )
 
 
 def _image_input(session: Any, path: Path) -> tuple[str, bool, tuple[int | None, int | None]]:

@@ -9,6 +9,7 @@ suppresses nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from iou_refiner import DataError, Detections, FeatureMaps, ImageTransform, fingerprint
 from iou_refiner.adapters.transformers.twins import twin_model, twin_pipeline, twin_processor
+from iou_refiner.adapters.weights import tensors_only, trusts_pickles
 from iou_refiner.checks import require
 from iou_refiner.detector.adapter import COCO_CATEGORY_IDS, Adapter, Recorder, Suppression
 
@@ -27,6 +29,8 @@ _KINDS = (
     "DetrForObjectDetection",
     "DeformableDetrForObjectDetection",
 )
+# Python files that come with weights are not run, and nobody is asked whether they should be.
+_NO_CODE = {"trust_remote_code": False}
 
 
 class ObjectDetector(nn.Module):
@@ -93,12 +97,18 @@ class TransformersAdapter(Adapter):
         """The detector saved in the folder ``name``, or of that name on the hub.
 
         Raises:
-            DataError: there is none.
+            DataError: there is none, or it would run code that comes with it.
         """
         transformers = _transformers()
         try:
-            model = transformers.AutoModelForObjectDetection.from_pretrained(name)
-            return cls(model.eval(), transformers.AutoImageProcessor.from_pretrained(name))
+            config = transformers.AutoConfig.from_pretrained(name, **_NO_CODE)
+            _check_attention(name, config)
+            weights = {"config": config, "weights_only": not trusts_pickles()}
+            with tensors_only(name, str(Path(name, "pytorch_model.bin"))):
+                model = transformers.AutoModelForObjectDetection.from_pretrained(name, **weights, **_NO_CODE)
+            return cls(model.eval(), transformers.AutoImageProcessor.from_pretrained(name, **_NO_CODE))
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"The detector {name!r} cannot be loaded ({error}).") from error
 
@@ -167,6 +177,17 @@ def _transformers() -> Any:
     return require("transformers", extra="transformers", purpose="A transformers detector")
 
 
+def _check_attention(name: str, config: Any) -> None:
+    """Raise DataError where the config asks for attention kernels of the hub, which are compiled code."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        kernels = getattr(part, "_attn_implementation", None)
+        if kernels and "/" in str(kernels):
+            raise DataError(
+                f"The detector {name!r} cannot be loaded: its config.json asks for the kernels {kernels!r}, which are "
+                "code. Remove `attn_implementation` from it."
+            )
+
+
 def _load(images: Sequence[Any]) -> list[Any]:
     """Images as RGB PIL images, upright, as pipelines load them."""
     utils = require("transformers.image_utils", extra="transformers", purpose="A transformers detector")
@@ -179,6 +200,6 @@ def _saved_processor(model: Any) -> Any:
     if not name:
         raise TypeError(f"`processor` is missing, and the model was not loaded from anywhere it could be found. {cure}")
     try:
-        return _transformers().AutoImageProcessor.from_pretrained(name)
+        return _transformers().AutoImageProcessor.from_pretrained(name, **_NO_CODE)
     except OSError as error:
         raise TypeError(f"`processor` is missing, and none is saved in {name!r}. {cure}") from error

@@ -10,10 +10,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Env, Json, Toml, Yaml
+from cyclopts.config import Env
 from cyclopts.validators import Number
 
 from iou_refiner import __version__
@@ -26,7 +26,9 @@ from iou_refiner.cli.commands.info import info
 from iou_refiner.cli.commands.rescore import rescore
 from iou_refiner.cli.commands.train import train
 from iou_refiner.cli.commands.validate import validate
+from iou_refiner.cli.configuration import read_config
 from iou_refiner.cli.console import Console, UsageError
+from iou_refiner.cli.errors import of_the_system
 from iou_refiner.cli.exit_codes import INTERRUPTED, INVALID_DATA, MISSING_PACKAGE, OK, UNEXPECTED, USAGE
 
 app = App(
@@ -46,48 +48,58 @@ def _run(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(group=_GLOBAL, help="Options from a .toml, .yaml or .json file.")] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=(), group=_GLOBAL, help="Machine-readable.")] = False,
-    device: Annotated[str, Parameter(group=_GLOBAL, help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    seed: Annotated[int, Parameter(group=_GLOBAL, validator=Number(gte=0), help="Same seed, same bytes on CPU.")] = 0,
+    device: Annotated[
+        str | None, Parameter(group=_GLOBAL, help="auto, cpu, cuda, cuda:1, mps. [default: auto]")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        Parameter(group=_GLOBAL, validator=Number(gte=0), help="Same seed, same bytes on CPU. [default: 0]"),
+    ] = None,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative=(), group=_GLOBAL, help="Results only.")] = False,
     verbose: Annotated[
         bool, Parameter(name=["--verbose", "-v"], negative=(), group=_GLOBAL, help="Tracebacks.")
     ] = False,
 ) -> int:
-    console = Console(as_json=as_json, device=device, seed=seed, quiet=quiet, verbose=verbose)
+    console = Console(as_json=as_json, device=device or "auto", seed=seed or 0, quiet=quiet, verbose=verbose)
     try:
-        app.config = [*_config_file(config), Env("IOU_REFINER_")]
+        options, sources = read_config(config, [name for name in app if not name.startswith("-")])
+        console.device = device or options.get("device", "auto")
+        console.seed = options.get("seed", 0) if seed is None else seed
+        app.config = [*sources, Env("IOU_REFINER_")]
         with console.usage():  # settings check themselves
             command, bound, ignored = app.parse_args(tokens, exit_on_error=False, print_error=False)
         if "console" not in ignored:  # --help and --version
             command(*bound.args, **bound.kwargs)
             return OK
         console.remember(command.__name__.strip("_"), bound)
-        status: int = command(*bound.args, **bound.kwargs, console=console)
+        with console.alone_on_stdout():
+            status: int = command(*bound.args, **bound.kwargs, console=console)
         return status
-    except (CycloptsError, UsageError) as error:
-        return console.fail(USAGE, str(error))
-    except DataError as error:
-        return console.fail(INVALID_DATA, str(error))
-    except MissingPackageError as error:
-        return console.fail(MISSING_PACKAGE, str(error))
-    except KeyboardInterrupt:
-        return console.fail(INTERRUPTED, "Interrupted. Finished parts are kept.")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if verbose:
             traceback.print_exc()
-        hint = "" if verbose else " Run again with -v for the traceback."
-        return console.fail(UNEXPECTED, f"{type(error).__name__}: {error}{hint}")
+        return console.fail(*_in_words(error, console))
 
 
-def _config_file(path: Path | None) -> list[Any]:
-    if path is None:
-        return []
-    kinds: dict[str, Any] = {".toml": Toml, ".yaml": Yaml, ".yml": Yaml, ".json": Json}
-    if path.suffix not in kinds:
-        raise UsageError(f"--config {path}: expected a .toml, .yaml or .json file.")
-    if not path.is_file():
-        raise UsageError(f"--config {path}: no such file.")
-    return [kinds[path.suffix](path, must_exist=True)]
+def _in_words(error: BaseException, console: Console) -> tuple[int, str]:
+    """The exit code of an error, and what to say."""
+    if isinstance(error, (CycloptsError, UsageError)):
+        return USAGE, str(error)
+    if isinstance(error, DataError):
+        return INVALID_DATA, str(error)
+    if isinstance(error, MissingPackageError):
+        return MISSING_PACKAGE, str(error)
+    if isinstance(error, OSError):
+        return INVALID_DATA, of_the_system(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"Interrupted. {console.after_interrupt}"
+    if isinstance(error, SystemExit):
+        return UNEXPECTED, (
+            f"The detector, or a package that it uses, ended the program by exit({error.code!r}) before the command "
+            f"was through. {console.after_interrupt} Remove that call from its code."
+        )
+    hint = "" if console.verbose else " Run again with -v for the traceback."
+    return UNEXPECTED, f"{type(error).__name__}: {error}{hint}"
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

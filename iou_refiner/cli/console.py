@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from iou_refiner.checks import did_you_mean
-from iou_refiner.files import write_whole
+from iou_refiner.checks import DataError, did_you_mean
+from iou_refiner.cli.apart import stdout_apart
+from iou_refiner.files import to_json, write_whole
 from iou_refiner.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+
+# What would move a terminal's cursor, recolour it, or hide text: all but tabs and ends of lines.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text from files and names, with control characters as escapes, and what no encoding can write too."""
+    escaped = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return escaped.encode("utf-8", "backslashreplace").decode()
 
 
 class UsageError(Exception):
@@ -45,11 +56,27 @@ class Console:
     seed: int
     quiet: bool
     verbose: bool
+    after_interrupt: str = "Nothing was written."  # after an interrupt, in words
     _config: dict[str, Any] = field(default_factory=dict)
+    _stdout: TextIO | None = None
+
+    @contextmanager
+    def alone_on_stdout(self) -> Iterator[None]:
+        """In here only results reach stdout; what a detector or a library prints goes to stderr."""
+        with stdout_apart() as stream:
+            self._stdout = stream
+            try:
+                yield
+            finally:
+                self._stdout = None
 
     def data(self, machine: dict[str, Any], text: str) -> None:
         """The result of a command, on stdout."""
-        print(json.dumps(machine, default=str) if self.as_json else text)
+        self.print(to_json(machine, default=str) if self.as_json else text)
+
+    def print(self, text: str) -> None:
+        """Text on stdout."""
+        print(printable(text), file=self._stdout or sys.stdout, flush=True)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], machine: dict[str, Any]) -> None:
         """A result that is a table, on stdout."""
@@ -63,26 +90,28 @@ class Console:
             column.justify = "right"
         for row in rows:
             table.add_row(*row)
-        Rich().print(table)
+        Rich(file=self._stdout or sys.stdout).print(table)
         return None
 
     def note(self, text: str) -> None:
         """Something worth knowing, on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     def fail(self, status: int, message: str) -> int:
         """An error, on stderr (and with --json on stdout as well); returns the exit status."""
-        print(f"iou-refiner: {message}", file=sys.stderr)
+        print(printable(f"iou-refiner: {message}"), file=sys.stderr)
         if self.as_json:
-            print(json.dumps({"error": message, "exit": status}))
+            self.print(to_json({"error": message, "exit": status}))
         return status
 
     @contextmanager
     def usage(self) -> Iterator[None]:
-        """A ValueError in here is a wrong option."""
+        """A ValueError in here is a wrong option, unless it is of data."""
         try:
             yield
+        except DataError:
+            raise
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -135,7 +164,7 @@ class Console:
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             known = ["auto", "cpu", "cuda", "mps"]
             reason, hint = str(error).splitlines()[0], did_you_mean(self.device, known)
             raise UsageError(f"--device {self.device} cannot be used here ({reason}).{hint}") from None
@@ -147,11 +176,12 @@ class Console:
         options: dict[str, Any] = {}
         for name, value in bound.arguments.items():
             options |= asdict(value) if is_dataclass(value) and not isinstance(value, type) else {name: value}
-        self._config = {command: {k.replace("_", "-"): v for k, v in options.items() if v is not None}}
+        resolved = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+        self._config = {"seed": self.seed, "device": self.device, command: resolved}
 
     def save_config(self, output: Path) -> None:
         """Write the resolved options beside an output; ``--config`` reads them back."""
         write_whole(
             output.with_name(output.name + ".config.json"),
-            (json.dumps(self._config, default=str, indent=2) + "\n").encode(),
+            (to_json(self._config, default=str, indent=2) + "\n").encode(),
         )

@@ -21,7 +21,20 @@ Images = Annotated[Path, Parameter(help="Folder of the images.")]
 Cache = Annotated[Path | None, Parameter(help="Keep and reuse features in this folder (float16).")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"], help="COCO results to write, .json or .json.gz.")]
 Overwrite = Annotated[bool, Parameter(negative=(), help="Replace an output that exists.")]
+NoCheck = Annotated[
+    bool,
+    Parameter(
+        name="--check", negative="--no-check", show_default=False,
+        help="Refuse results with errors, as `validate` finds them, before the detector runs; default.",
+    ),
+]  # fmt: skip
 Quiet = Annotated[Console, Parameter(parse=False)]
+
+
+def after_interrupt(output: Path, cache: Path | None) -> str:
+    """What is left of a command that writes ``output`` as it goes, if it is interrupted."""
+    features = f" The features of the images done are kept in {cache}." if cache else ""
+    return f"{output} was not written.{features or ' Nothing is kept; with --cache, features would be.'}"
 
 
 def optional(settings: type) -> Any:

@@ -6,6 +6,8 @@ from iou_refiner.coco.data import Image as Image
 from iou_refiner.coco.data import Results as Results
 from iou_refiner.coco.data import xywh_to_xyxy as xywh_to_xyxy
 from iou_refiner.coco.data import xyxy_to_xywh as xyxy_to_xywh
-from iou_refiner.coco.read import read_ground_truth as read_ground_truth
+from iou_refiner.coco.ground_truth import read_ground_truth as read_ground_truth
+from iou_refiner.coco.ground_truth import read_images as read_images
 from iou_refiner.coco.read import read_results as read_results
+from iou_refiner.coco.write import write_parts as write_parts
 from iou_refiner.coco.write import write_results as write_results

@@ -133,8 +133,8 @@ class Image:
 
     id: Id
     file_name: str
-    width: int
-    height: int
+    width: Id  # of 64 bits as ids are
+    height: Id
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,13 @@ class Annotation(msgspec.Struct, gc=False):
     area: float | None = None
     iscrowd: int | None = None
     ignore: int | bool | None = None
+
+
+class ImagesFile(msgspec.Struct):
+    """What a file says of its images; its annotations, if any, are skipped unread."""
+
+    images: list[Image]
+    categories: list[Category]
 
 
 class GroundTruthFile(msgspec.Struct):

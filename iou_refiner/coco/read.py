@@ -1,4 +1,4 @@
-"""COCO json in: results record by record with every fault named, ground truth as a whole, both into columns."""
+"""COCO json in: results record by record into columns, every fault named."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from iou_refiner.coco.data import Box, GroundTruth, GroundTruthFile, Id, IntArray, Results
+from iou_refiner.coco.data import Box, Id, IntArray, Results
 from iou_refiner.coco.faults import faults_of
-from iou_refiner.coco.stream import CURES, FormatError, Problem, Window, opened, quoted, read_object, windows
+from iou_refiner.coco.opening import CURES, FormatError, Problem, opened, quoted
+from iou_refiner.coco.stream import Window, count_keys, windows
 
 
 class _Record(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -54,13 +55,23 @@ def _columns(records: Sequence[_Record], extra: tuple[dict[str, Any], ...] | Non
     )
 
 
-def _decode(body: bytes) -> Results:
+def decode(body: bytes) -> Results:
     """Columns of a JSON list of records; raises one of ``_UNDECODABLE``."""
     try:
-        return _columns(_PLAIN_RECORDS.decode(body), None)
+        results = _columns(_PLAIN_RECORDS.decode(body), None)
+        keys = 4 * len(results) + int(np.count_nonzero(~np.isnan(results.iou)))  # type: ignore[arg-type] # never None here
+        # Values are numbers here, so that quotes are those of keys.
+        _check_once(int(np.count_nonzero(np.frombuffer(body, np.uint8) == ord('"'))), 2 * keys)
     except _UNDECODABLE:  # perhaps only for a key of the user's own, which costs a second pass to keep
-        records = _RECORDS.decode(body)
-        return _columns(records, tuple(_other_keys(record) for record in _OBJECTS.decode(body)))
+        records, objects = _RECORDS.decode(body), _OBJECTS.decode(body)
+        results = _columns(records, tuple(_other_keys(record) for record in objects))
+        _check_once(count_keys(body), sum(map(len, objects)))
+    return results
+
+
+def _check_once(count: int, expected: int) -> None:
+    if count != expected:
+        raise msgspec.DecodeError("a key stands twice")
 
 
 def _other_keys(record: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +98,7 @@ def iter_results(path: str | Path, report: Callable[[Problem], None]) -> Iterato
             try:
                 if gap != (b"" if first == 1 else b","):
                     raise msgspec.DecodeError
-                chunk = Chunk(_decode(b"[" + window.data[start:end] + b"]"), numbers)
+                chunk = Chunk(decode(b"[" + window.data[start:end] + b"]"), numbers)
             except _UNDECODABLE:
                 chunk = _decode_one_by_one(window, first, report)
             yield chunk
@@ -106,15 +117,15 @@ def _decode_one_by_one(window: Window, first: int, report: Callable[[Problem], N
         position, text = end, window.data[start:end]
         try:
             _RECORDS.decode(b"[" + text + b"]")
-            _OBJECTS.decode(b"[" + text + b"]")
+            _check_once(count_keys(b"[" + text + b"]"), len(_OBJECTS.decode(b"[" + text + b"]")[0]))
         except _UNDECODABLE as error:
             image_id, faults = faults_of(text)
-            for code, what in faults or [("E202", f"{error}.")]:
+            for code, what in faults or [("E102", f"cannot be decoded ({error}).")]:
                 report(Problem(code, number, image_id, what))
         else:
             readable.append(text)
             numbers.append(number)
-    return Chunk(_decode(b"[" + b",".join(readable) + b"]"), np.array(numbers, np.int64))
+    return Chunk(decode(b"[" + b",".join(readable) + b"]"), np.array(numbers, np.int64))
 
 
 def join_chunks(chunks: Iterable[Chunk], report: Callable[[Problem], None]) -> Chunk:
@@ -148,63 +159,3 @@ def read_results(path: str | Path) -> Results:
         raise FormatError(problem.code, f"{path}: {problem} {CURES[problem.code]}")
 
     return join_chunks(iter_results(path, refuse), refuse).results
-
-
-def read_ground_truth_file(path: str | Path) -> GroundTruthFile:
-    """Read a .json or .json.gz ground truth file as it stands.
-
-    Raises:
-        FormatError: the first fault found, naming file, entry and cure.
-    """
-    return read_object(Path(path), GroundTruthFile)
-
-
-def read_ground_truth(path: str | Path) -> GroundTruth:
-    """Read annotated images from a .json or .json.gz file.
-
-    Raises:
-        DataError: the file breaks its format, an image or category id occurs twice, or an annotation names an image
-            or category that is not listed.
-    """
-    return to_ground_truth(read_ground_truth_file(path), path)
-
-
-def to_ground_truth(file: GroundTruthFile, path: str | Path) -> GroundTruth:
-    """Columns of a ground truth file, missing area and iscrowd filled; ``path`` is for messages.
-
-    Raises:
-        DataError: as :func:`read_ground_truth`.
-    """
-    rows, count = file.annotations, len(file.annotations)
-    image_id = np.fromiter((row.image_id for row in rows), np.int64, count)
-    category_id = np.fromiter((row.category_id for row in rows), np.int64, count)
-    bbox = np.fromiter(chain.from_iterable(row.bbox for row in rows), np.float64, 4 * count).reshape(count, 4)
-    area = np.fromiter((np.nan if row.area is None else row.area for row in rows), np.float64, count)
-    for name, listed, used in (
-        ("image", [image.id for image in file.images], image_id),
-        ("category", [category.id for category in file.categories], category_id),
-    ):
-        _check_listed(path, name, np.array(listed, np.int64), used)
-    return GroundTruth(
-        tuple(file.images),
-        tuple(file.categories),
-        np.fromiter((row.id for row in rows), np.int64, count),
-        image_id,
-        category_id,
-        bbox,
-        np.where(np.isnan(area), bbox[:, 2] * bbox[:, 3], area),
-        np.fromiter((bool(row.iscrowd) for row in rows), np.bool_, count),
-    )
-
-
-def _check_listed(path: str | Path, name: str, listed: IntArray, used: IntArray) -> None:
-    ids, counts = np.unique(listed, return_counts=True)
-    if (counts > 1).any():
-        twice = ids[counts > 1][:5].tolist()
-        raise FormatError("E401", f"{path}: {name} ids must be unique, {twice} occur more than once. Number them anew.")
-    unknown = np.flatnonzero(~np.isin(used, ids))
-    if len(unknown):
-        entry = int(unknown[0])
-        code = "E301" if name == "image" else "E302"
-        text = f"annotations, entry {entry + 1:,} counting from 1: {name} {used[entry]} is not listed in the file"
-        raise FormatError(code, f"{path}: {text} ({len(unknown):,} such). List it, or drop the annotation.")

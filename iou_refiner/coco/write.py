@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from iou_refiner.coco.data import FloatArray, IntArray, Results
-from iou_refiner.coco.stream import CURES, FormatError, Problem
+from iou_refiner.coco.opening import CURES, FormatError, Problem
 from iou_refiner.files import replacing
 
 _ROWS_PER_WRITE = 1 << 15
@@ -48,12 +48,41 @@ def write_results(
     for name, values in (("bbox", results.bbox), ("score", results.score), ("iou", results.iou)):
         _check_finite(path, results, name, values)
     order = _writing_order(results, image_order)
-    with _stream_to(path) as stream:
+    with stream_to(path) as stream:
         stream.write(b"[\n")
         for start in range(0, len(order), _ROWS_PER_WRITE):
             records = _to_dicts(results[order[start : start + _ROWS_PER_WRITE]], box_decimals, score_decimals)
             stream.write((b",\n" if start else b"") + b",\n".join(map(msgspec.json.encode, records)))
         stream.write(b"\n]\n")
+
+
+def write_parts(path: str | Path, parts: Iterable[Results], *, box_decimals: int = 2, score_decimals: int = 6) -> int:
+    """Write detections as they come: the bytes of :func:`write_results`, with one part in memory at a time.
+
+    Args:
+        path, box_decimals, score_decimals: as for :func:`write_results`.
+        parts: the records of one image each; either all have ``iou`` or none.
+
+    Returns:
+        How many records the file holds.
+
+    Raises:
+        DataError: a number is not finite; the file that was there before stays.
+        FileNotFoundError: the folder of ``path`` does not exist.
+    """
+    path, count = Path(path), 0
+    with stream_to(path) as stream:
+        stream.write(b"[\n")
+        for part in parts:
+            for name, values in (("bbox", part.bbox), ("score", part.score), ("iou", part.iou)):
+                _check_finite(path, part, name, values)
+            if len(part):
+                ordered = part[np.argsort(-part.score, kind="stable")]
+                records = _to_dicts(ordered, box_decimals, score_decimals)
+                stream.write((b",\n" if count else b"") + b",\n".join(map(msgspec.json.encode, records)))
+            count += len(part)
+        stream.write(b"\n]\n")
+    return count
 
 
 def _check_finite(path: Path, results: Results, name: str, values: FloatArray | None) -> None:
@@ -102,7 +131,7 @@ def _to_dicts(results: Results, box_decimals: int, score_decimals: int) -> Itera
 
 
 @contextmanager
-def _stream_to(path: Path) -> Iterator[BufferedIOBase]:
+def stream_to(path: Path) -> Iterator[BufferedIOBase]:
     """A stream to the file that will replace ``path``, compressed if its name says so."""
     with replacing(path) as raw:
         if path.suffix == ".gz":  # no name and no time inside: same input, same bytes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from iou_refiner.checks import DataError, require
 from iou_refiner.coco import GroundTruth, xywh_to_xyxy
 from iou_refiner.demo.data import IMAGE_SIDE
-from iou_refiner.detector.features import open_image
+from iou_refiner.detector.images import open_image
 from iou_refiner.files import write_whole
 from iou_refiner.progress import Progress, no_progress
 

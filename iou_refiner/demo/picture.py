@@ -12,7 +12,7 @@ import numpy as np
 from iou_refiner.checks import require
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy
 from iou_refiner.coco.data import FloatArray
-from iou_refiner.detector.features import open_image
+from iou_refiner.detector.images import open_image
 from iou_refiner.files import write_whole
 from iou_refiner.numpy_boxes import pairwise_iou
 

@@ -74,6 +74,12 @@ class Adapter(ABC):
         training: bool = self.detector.training
         return training
 
+    @property
+    def nms_threshold(self) -> float | None:
+        """IoU above which the detector's own greedy NMS removes a box of the same class, which boxes of categories that
+        a head was not trained on get; None for a detector without NMS."""
+        return 0.5
+
     def to(self: A, device: torch.device | str) -> A:
         """Move the detector; returns itself."""
         self.detector.to(device)

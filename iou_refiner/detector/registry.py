@@ -49,6 +49,9 @@ def as_adapter(detector: Any) -> Adapter:
 def detector_from_spec(spec: str) -> Adapter:
     """The detector that ``--detector`` names.
 
+    A function, its module and the config of mmdet are code, which is run; all else that a spec names is data, of which
+    nothing runs (docs/trust.md).
+
     Args:
         spec: ``adapter:name``, what the name means being up to the installed adapter: ``torchvision:NAME``,
             ``detectron2:CONFIG.yaml[:WEIGHTS]``, ``mmdet:CONFIG.py[:WEIGHTS]``, ``transformers:FOLDER_OR_NAME``,
@@ -109,7 +112,7 @@ def _module(kind: str, spec: str) -> Any:
 
 
 def _module_of_file(path: Path, spec: str) -> Any:
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"--detector {spec!r}: no file {path}.")
     # Under a name of its own, or a file called torch.py would hide torch.
     file = importlib.util.spec_from_file_location(f"detector_in_{path.stem}", path)

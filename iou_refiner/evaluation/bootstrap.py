@@ -21,6 +21,7 @@ from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.coco.data import FloatArray, IntArray
 from iou_refiner.evaluation.ap import METRICS, Evaluation, check, match, metrics, or_none, plain, points, summary
 
+MOST_RESAMPLES = 100_000  # from a few thousand on, the ends of an interval move by less than they show
 _RECALLS = np.linspace(0, 1, 101)
 # Weights gathered at once (resamples x detections): 16 MB, enough to be fast and little enough to stay near the cache.
 _CHUNK = 2_000_000
@@ -92,11 +93,13 @@ def compare(
 
     Raises:
         DataError: as :func:`iou_refiner.evaluation.ap.evaluate`; the message names ``before`` or ``after``.
-        ValueError: ``max_dets`` is not positive, or ``resamples`` is negative.
+        ValueError: ``max_dets`` is not positive, or ``resamples`` is negative or above 100,000.
     """
     check_positive("max_dets", max_dets)
     if resamples < 0:
         raise ValueError(f"`resamples` must not be negative, got {resamples}.")
+    if resamples > MOST_RESAMPLES:
+        raise ValueError(f"`resamples` must be at most {MOST_RESAMPLES:,}, got {resamples}.")
     check(ground_truth, before=before, after=after)
     sides, draws = [], []
     for results in (before, after):

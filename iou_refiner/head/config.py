@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from iou_refiner.checks import check_choice, check_positive
+from iou_refiner.checks import check_choice, check_number, check_positive
+
+# Beyond these nothing is gained, and a typo (or a hostile file) would fill the memory.
+MOST_CHANNELS, MOST_LAYERS, MOST_LEVELS, MOST_BINS, MOST_CONTEXT = 16_384, 16, 16, 64, 16
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,27 @@ class HeadConfig:
         for name in ("width", "mix"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)!r}.")
+            check_number(name, getattr(self, name), 0, MOST_CHANNELS, whole=True)
         for size in self.hidden:
             check_positive("hidden", size)
-        check_positive("levels", self.levels)
+            check_number("hidden", size, 1, MOST_CHANNELS, whole=True)
+        if len(self.hidden) > MOST_LAYERS:
+            raise ValueError(f"`hidden` must have at most {MOST_LAYERS} layers, got {len(self.hidden):,}.")
+        for name, most in (("levels", MOST_LEVELS), ("output_size", MOST_BINS)):
+            check_positive(name, getattr(self, name))
+            check_number(name, getattr(self, name), 1, most, whole=True)
         check_choice("objective", self.objective, ["bce", "smooth_l1"])
-        check_positive("output_size", self.output_size)
         check_positive("context", self.context)
+        check_number("context", self.context, 0, MOST_CONTEXT)
+
+
+@dataclass(frozen=True)
+class TrainedCategory:
+    """A category that a head was trained on: id and name in the data set, and the detector's class number."""
+
+    id: int
+    name: str
+    label: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,9 @@ class HeadMetadata:
         training: the settings it was trained with.
         metrics: what the last epoch measured.
         trials: each of the settings tried on val, with its AP and AP50.
+        categories: what it was trained on: of each category with annotated objects its ``id`` and ``name`` in the data
+            set, and ``label``, the detector's class number. Candidates of other labels keep the detector's own
+            suppression, box and score; empty stands for a head that takes all.
     """
 
     detector_name: str = ""
@@ -76,3 +97,7 @@ class HeadMetadata:
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[Mapping[str, Any], ...] = ()
+    categories: tuple[TrainedCategory, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "categories", tuple(self.categories))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from iou_refiner.boxes import decode_boxes
+from iou_refiner.checks import DataError
 from iou_refiner.head.config import HeadConfig, HeadMetadata
 from iou_refiner.head.trunk import Trunk
 from iou_refiner.pooling.functional import assign_levels, prroi_pool
@@ -108,12 +109,13 @@ class IoUHead(nn.Module):
         The table is on the head's device and in its dtype, wherever the features are.
 
         Raises:
-            ValueError: the features do not have the channels and strides that the head was made for.
+            DataError: the features do not have the channels and strides that the head was made for.
         """
         if features.channels != self.channels or features.strides != self.strides:
-            raise ValueError(
+            raise DataError(
                 f"The head was made for {len(self.channels)} levels of {self.channels} channels at strides "
-                f"{self.strides}; these features have {features.channels} channels at strides {features.strides}."
+                f"{self.strides}; these features have {features.channels} channels at strides {features.strides}. "
+                "Use the detector it was trained on, or train a head for this one."
             )
         weight = self.iou_output.weight  # cached features may lie on another device, or be stored in half precision
         levels = tuple(level.to(weight) for level in features.levels)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iou_refiner.checks import check_same_device
+from iou_refiner.checks import check_same_device, how_to_install
 from iou_refiner.pooling.inputs import PoolInputs
 
 _STORAGE = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
@@ -82,7 +82,7 @@ def why_unavailable() -> str:
         import cupy
     except Exception as error:  # a CuPy that does not match the system fails in ways of its own
         extra = "cuda12" if torch.version.cuda.startswith("12") else "cuda13"
-        return f'CuPy is not importable ({error}); pip install "iou-refiner[{extra}]"'
+        return f"CuPy is not importable ({error}); {how_to_install(extra)}"
     try:
         cupy.cuda.runtime.getDeviceCount()
         cupy.cuda.nvrtc.getVersion()

@@ -65,6 +65,11 @@ class FlatBatch:
             ranking=unknown,
         )
 
+    @classmethod
+    def concat(cls, parts: Sequence[FlatBatch]) -> FlatBatch:
+        """The rows of all parts, one part after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
     def __len__(self) -> int:
         """Number of boxes."""
         return len(self.boxes)

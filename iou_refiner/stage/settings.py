@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from iou_refiner.checks import check_choice, check_fraction, check_positive
+from iou_refiner.checks import check_choice, check_number, check_positive
+
+# Beyond these a typo would run for hours; nothing is gained there.
+_MOST: dict[str, float] = {
+    "regression_steps": 100, "ascent_steps": 1000, "ascent_step_size": 1e6, "min_gain": 1e6, "refine_topk": 10**7,
+    "max_detections": 10**7, "max_candidates": 10**7,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class StageSettings:
         refine_topk: boxes refined per image, best scores first.
         score_alpha: detections are scored score^(1 - a) * iou^a; 0 leaves the class score.
         max_detections: detections kept per image, over all classes.
+        max_candidates: candidates taken of each image, best scores first; more would take minutes, and are counted.
+        all_categories: apply the head to categories that it was not trained on too, instead of leaving these to the
+            detector's own suppression. A head that records no categories takes all.
 
     Raises:
         ValueError: a setting is out of range.
@@ -51,19 +60,25 @@ class StageSettings:
     refine_topk: int = 100
     score_alpha: float = 0.3
     max_detections: int = 100
+    max_candidates: int = 10_000
+    all_categories: bool = False
 
     def __post_init__(self) -> None:
         check_choice("nms", self.nms, ["iou_guided", "greedy", "none"])
         check_choice("final_nms", self.final_nms, ["soft", "iou_guided", "greedy", "none"])
         check_choice("rank_by", self.rank_by, ["ranking", "iou"])
         check_choice("ascent", self.ascent, ["backtracking", "paper"])
-        check_positive("ascent_step_size", self.ascent_step_size)
-        check_positive("max_detections", self.max_detections)
+        for name in ("ascent_step_size", "max_detections", "max_candidates"):
+            check_positive(name, getattr(self, name))
         for name in ("nms_threshold", "rank_alpha", "score_alpha"):
-            check_fraction(name, getattr(self, name))
+            check_number(name, getattr(self, name), 0, 1)
         for name in ("regression_steps", "ascent_steps", "min_gain", "refine_topk"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        for name, most in _MOST.items():
+            check_number(name, getattr(self, name), 0, most, whole=name not in ("ascent_step_size", "min_gain"))
+        if not isinstance(self.all_categories, bool):
+            raise ValueError(f"`all_categories` must be true or false, got {self.all_categories!r}.")
 
     @classmethod
     def detector_only(cls, *, nms_threshold: float = 0.5) -> StageSettings:

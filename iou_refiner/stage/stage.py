@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iou_refiner.checks import DataError, check_fraction
 from iou_refiner.head.iou_head import IoUHead, Prediction
 from iou_refiner.pooling.table import FeatureTable
 from iou_refiner.stage.ascent import refine_boxes, refine_boxes_paper
 from iou_refiner.stage.batch import FlatBatch
-from iou_refiner.stage.nms import iou_guided_nms
+from iou_refiner.stage.nms import iou_guided_nms, nms
 from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.soft_nms import soft_nms
+from iou_refiner.stage.summary import Summary as Summary
 from iou_refiner.structures import Detections, FeatureMaps
-
-
-@dataclass
-class Summary:
-    """What a stage has done so far, over all images.
-
-    Attributes:
-        images: number of images.
-        candidates: boxes that came in.
-        detections: boxes that went out.
-        refined: boxes that were tried to be moved.
-        moved: boxes that were moved.
-        undone: steps of the ascent undone because the prediction was not finite.
-        unpredicted: boxes whose IoU could not be predicted (features or box not finite). They stay where they are, keep
-            their class score, and leave with an IoU of 0: no evidence that they fit.
-    """
-
-    images: int = 0
-    candidates: int = 0
-    detections: int = 0
-    refined: int = 0
-    moved: int = 0
-    undone: int = 0
-    unpredicted: int = 0
-
-    def __str__(self) -> str:
-        parts = [f"{self.images:,} images", f"{self.candidates:,} candidates in", f"{self.detections:,} detections out"]
-        if self.refined:
-            parts.append(f"refined {self.refined:,}: {self.moved:,} moved, {self.refined - self.moved:,} left in place")
-        if self.undone or self.unpredicted:
-            parts.append(f"{self.undone:,} non-finite steps undone, {self.unpredicted:,} boxes without a prediction")
-        return "; ".join(parts)
 
 
 class Stage:
@@ -56,6 +25,8 @@ class Stage:
     Args:
         head: the trained head.
         settings: what to do; default: what the head recommends.
+        own_threshold: of the detector's own greedy NMS, which boxes of categories that the head was not trained on
+            get; None for a detector without one.
         changes: settings to exchange in these, by name.
 
     Attributes:
@@ -63,14 +34,29 @@ class Stage:
         summary: counts over all calls.
 
     Raises:
-        ValueError: a setting is unknown or out of range.
+        ValueError: a setting is unknown or out of range, or ``all_categories`` is asked of a head that predicts one IoU
+            for each class.
+        DataError: the settings that the head recommends are.
     """
 
-    def __init__(self, head: IoUHead, settings: StageSettings | None = None, **changes: Any):
+    def __init__(
+        self,
+        head: IoUHead,
+        settings: StageSettings | None = None,
+        *,
+        own_threshold: float | None = 0.5,
+        **changes: Any,
+    ):
         self.head = head
-        self.settings = (settings or StageSettings().replace(**head.metadata.recommended)).replace(**changes)
+        self.settings = (settings or _recommended(head)).replace(**changes)
         if not head.config.deltas:
             self.settings = self.settings.replace(regression_steps=0)
+        if own_threshold is not None:
+            check_fraction("own_threshold", own_threshold)
+        if head.num_classes and self.settings.all_categories:
+            raise ValueError("`all_categories` needs a head of one IoU for all classes; this one has one for each.")
+        self.own_threshold = own_threshold
+        self._trained = torch.tensor(sorted({category.label for category in head.metadata.categories}))
         self.summary = Summary()
 
     def __call__(self, features: FeatureMaps, candidates: list[Detections]) -> list[Detections]:
@@ -93,21 +79,58 @@ class Stage:
         # tensors are only read, never differentiated.
         with torch.inference_mode(False), torch.no_grad():
             table = self.head.encode(_outside_inference_mode(features))
-            batch = FlatBatch.of(candidates, features.image_sizes, table.device)
+            batch = self._best_candidates(FlatBatch.of(candidates, features.image_sizes, table.device))
+            batch, rest = self._split_by_training(batch)
             batch = batch.with_prediction(self._predict(table, batch))
             self.summary.unpredicted += int((~torch.isfinite(batch.iou)).sum())
-            batch = self._suppress(batch[batch.finite()], self.settings.nms)
+            batch = self._suppress(self._finite(batch), self.settings.nms)
             if self.settings.refines:
                 batch = self._refine(table, batch)
             if self.settings.final_nms == "soft":
                 batch = self._decay(batch)
             elif self.settings.refines:
                 batch = self._suppress(batch, self.settings.final_nms)
-            detections = self._rescore(batch).split(candidates)
+            batch = self._rescore(batch)
+            if rest is not None:
+                batch = FlatBatch.concat([batch, self._as_the_detector(rest)])
+            detections = self._best_detections(batch).split(candidates)
         self.summary.images += len(features)
         self.summary.candidates += sum(map(len, candidates))
         self.summary.detections += sum(map(len, detections))
         return detections
+
+    def _best_candidates(self, batch: FlatBatch) -> FlatBatch:
+        """At most ``max_candidates`` of each image, in their order."""
+        if len(batch) <= self.settings.max_candidates:
+            return batch
+        best = batch.replace(scores=batch.scores.nan_to_num(-torch.inf)).by_score()
+        rows = best.row[best.topk_rows(self.settings.max_candidates)].sort().values
+        self.summary.beyond += len(batch) - len(rows)
+        return batch[rows]
+
+    def _split_by_training(self, batch: FlatBatch) -> tuple[FlatBatch, FlatBatch | None]:
+        """The boxes of categories that the head was trained on, and the others, if there are any."""
+        trained = torch.ones_like(batch.labels, dtype=torch.bool)
+        if len(self._trained) and not self.settings.all_categories:
+            trained = torch.isin(batch.labels, self._trained.to(batch.labels))
+        if self.head.num_classes:
+            trained &= (batch.labels >= 0) & (batch.labels < self.head.num_classes)
+        if bool(trained.all()):
+            return batch, None
+        self.summary.untrained += int((~trained).sum())
+        return batch[trained], batch[~trained]
+
+    def _as_the_detector(self, batch: FlatBatch) -> FlatBatch:
+        """What the detector's own suppression leaves, boxes and scores as they are; nothing says how well they fit."""
+        batch = self._finite(batch)
+        if self.own_threshold is not None:
+            batch = batch[nms(batch.boxes, batch.scores, batch.group(), threshold=self.own_threshold)]
+        return batch.replace(iou=torch.zeros_like(batch.iou))
+
+    def _finite(self, batch: FlatBatch) -> FlatBatch:
+        finite = batch[batch.finite()]
+        self.summary.not_finite += len(batch) - len(finite)
+        return finite
 
     def _predict(self, table: FeatureTable, batch: FlatBatch) -> Prediction:
         prediction = self.head.predict(table, batch.boxes, batch.image_index, batch.labels)
@@ -170,8 +193,19 @@ class Stage:
 
     def _rescore(self, batch: FlatBatch) -> FlatBatch:
         scores = _fuse(batch.scores, batch.iou, self.settings.score_alpha)
-        batch = batch.replace(scores=scores, iou=batch.iou.nan_to_num(0.0)).by_score()
+        return batch.replace(scores=scores, iou=batch.iou.nan_to_num(0.0))
+
+    def _best_detections(self, batch: FlatBatch) -> FlatBatch:
+        batch = batch.by_score()
         return batch[batch.topk_rows(self.settings.max_detections)]
+
+
+def _recommended(head: IoUHead) -> StageSettings:
+    """The settings that a head recommends, which a file says and nobody has checked yet."""
+    try:
+        return StageSettings().replace(**head.metadata.recommended)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"The settings that the head recommends cannot be used: {error} Give settings.") from None
 
 
 def _outside_inference_mode(features: FeatureMaps) -> FeatureMaps:

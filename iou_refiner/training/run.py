@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from iou_refiner.checks import DataError
-from iou_refiner.files import replacing, write_whole
+from iou_refiner.files import replacing, to_json, write_whole
 from iou_refiner.head.checkpoint import save_head
 from iou_refiner.head.iou_head import IoUHead
 
@@ -41,18 +41,52 @@ class TrainingRun:
         """
         if not self.folder or not (self.folder / "last.pt").exists():
             return []
-        state = torch.load(self.folder / "last.pt", weights_only=True, map_location=self._head.device)
+        state = self._state()
         changed = [name for name, value in self.settings.items() if state["settings"].get(name) != value]
+        made_with = state.get("about", {})  # runs of before do not say
+        changed += [name for name, value in self._about_head().items() if made_with.get(name, value) != value]
         if changed:
             raise DataError(
                 f"{self.folder / 'last.pt'} was made with another {', '.join(changed)}: "
                 "resume with the same settings, or train into another folder."
             )
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise self._damaged(error) from None
         history: list[dict[str, float]] = state["history"]
         self._describe(history)
         return history
+
+    def _state(self) -> dict[str, Any]:
+        """What is in ``last.pt``; only tensors and plain values are read, nothing is run."""
+        assert self.folder is not None
+        try:
+            state = torch.load(self.folder / "last.pt", weights_only=True, map_location=self._head.device)
+        except Exception as error:  # the readers of zip files and pickles raise whatever the bytes make them
+            raise self._damaged(error) from None
+        state = state if isinstance(state, dict) else {}
+        kinds = {"settings": dict, "history": list, **dict.fromkeys(self._parts, dict)}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+        if wrong or not state["history"] or not all(isinstance(entry, dict) for entry in state["history"]):
+            raise self._damaged(f"it lacks {', '.join(wrong) or 'epochs'}")
+        whole: dict[str, Any] = state
+        return whole
+
+    def _damaged(self, why: object) -> DataError:
+        first = (str(why).splitlines() or [type(why).__name__])[0]
+        return DataError(
+            f"{self.folder}/last.pt is damaged or no state of a training ({first}). Train without --resume, which "
+            "starts anew (the features in the cache are used again), or into another folder."
+        )
+
+    def _about_head(self) -> dict[str, Any]:
+        """What must be the same for the weights to fit: the architecture, and whose features they read."""
+        head = self._head
+        about = {name: _plain(value) for name, value in asdict(head.config).items()}
+        about |= {"channels": list(head.channels), "strides": list(head.strides), "num_classes": head.num_classes}
+        return about | {"detector": head.metadata.fingerprint}
 
     def save(self, history: list[dict[str, float]]) -> None:
         """Write the head as it is now, the metrics of all epochs, and the state to resume from."""
@@ -60,14 +94,23 @@ class TrainingRun:
         if not self.folder:
             return
         save_head(self._head, self.folder / "head.safetensors")
-        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        lines = "".join(to_json(entry) + "\n" for entry in history)
         write_whole(self.folder / "metrics.jsonl", lines.encode())
         state = {name: part.state_dict() for name, part in self._parts.items()}
         with replacing(self.folder / "last.pt") as stream:
-            torch.save(state | {"history": history, "settings": self.settings}, stream)
+            torch.save(state | {"history": history, "settings": self.settings, "about": self._about_head()}, stream)
 
     def _describe(self, history: list[dict[str, float]]) -> None:
         """Note in the head how it was trained, and what its last epoch measured."""
         # Without the seconds: the same seed gives the same bytes.
-        metrics = {name: value for name, value in history[-1].items() if name != "seconds"}
+        metrics = {name: _or_none(value) for name, value in history[-1].items() if name != "seconds"}
         self._head.metadata = replace(self._head.metadata, training=self.settings, metrics=metrics)
+
+
+def _or_none(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -18,7 +18,7 @@ from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Image, xywh_to_xyxy
 from iou_refiner.detector.features import Extraction
-from iou_refiner.detector.sources import FeatureCache
+from iou_refiner.detector.sources import CachedFeatures
 from iou_refiner.detector.views import View
 from iou_refiner.evaluation.true_iou import match_boxes
 from iou_refiner.training.jitter import jitter_boxes
@@ -93,7 +93,8 @@ class TrainingSet:
     """Cached extractions joined with their annotation.
 
     Args:
-        cache: extractions of the frozen detector; must hold every view of every image of ``ground_truth``.
+        cache: extractions of the frozen detector (:meth:`FeatureCache.of`); must hold every view of every image of
+            ``ground_truth``.
         ground_truth: the annotation.
         views: how many views of every image to use (:class:`View`).
 
@@ -101,7 +102,7 @@ class TrainingSet:
         DataError: an image is not in the cache.
     """
 
-    def __init__(self, cache: FeatureCache, ground_truth: GroundTruth, *, views: int = 1):
+    def __init__(self, cache: CachedFeatures, ground_truth: GroundTruth, *, views: int = 1):
         self.cache, self.ground_truth = cache, ground_truth
         self._rows = ground_truth.by_image()
         self.items: list[tuple[Image, int]] = []
@@ -110,7 +111,7 @@ class TrainingSet:
             if missing:
                 raise DataError(
                     f"{len(missing)} of {len(ground_truth.images)} images are not in the feature cache "
-                    f"(first: image {missing[0].id}). Fill it first with FeatureCache.fill."
+                    f"(first: image {missing[0].id}). Fill it first with CachedFeatures.fill."
                 )
             self.items += [(image, view) for image in ground_truth.images]
         to_category = cache.adapter.category_ids
@@ -129,7 +130,7 @@ class TrainingSet:
     def load(self, index: int) -> tuple[Extraction, Targets]:
         """The extraction of one view, and its annotation. Candidates of classes that are not annotated are dropped."""
         image, view = self.items[index]
-        extraction = self.cache.load(image.id, view=view)
+        extraction = self.cache.load(image, view=view)
         candidates = extraction.candidates
         annotated = torch.isin(candidates.labels, torch.tensor(self.labels, dtype=torch.int64))
         candidates = candidates[annotated]

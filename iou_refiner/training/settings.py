@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iou_refiner.checks import check_fraction, check_positive
+from iou_refiner.checks import check_fraction, check_number, check_positive
 
 # The lowest IoU that boxes can be jittered to: at the end of its ray every box, whatever the direction, is below it.
 LOWEST_IOU = 0.02
+
+# Beyond these nothing is gained, and a typo would fill the disk or run for weeks.
+_MOST: dict[str, float] = {
+    "views": 64, "epochs": 10_000, "batch_size": 1024, "boxes_per_image": 10_000, "lr": 10, "weight_decay": 10,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,5 @@ class TrainSettings:
             raise ValueError(f"`jitter_min_iou` must lie in [{LOWEST_IOU}, 1], got {self.jitter_min_iou!r}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"`weight_decay` must be 0 or more, got {self.weight_decay!r}.")
+        for name, most in _MOST.items():
+            check_number(name, getattr(self, name), 0, most, whole=name not in ("lr", "weight_decay"))

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.coco.data import FloatArray, IntArray
+from iou_refiner.coco.data import IntArray
 
 ENOUGH = 20  # records below which a statistic of the file (all integers, all above a score) says nothing
 
@@ -45,12 +43,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`validate` found, by code; ``records`` counts the readable ones, images and categories those used."""
+    """What :func:`validate` says, by code.
+
+    Args:
+        findings: by code.
+        records: readable ones of the results.
+        images: that records are of; those listed, where an annotation was looked at alone.
+        categories: likewise.
+        annotations: of an annotation that was looked at alone, else None.
+    """
 
     findings: tuple[Finding, ...]
     records: int
     images: int
     categories: int
+    annotations: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -66,20 +73,25 @@ def format_report(report: Report) -> str:
     """The report as plain text: a summary line, one line per finding, its examples indented below."""
     errors = sum(finding.level == "error" for finding in report.findings)
     warnings = len(report.findings) - errors
+    what = f"{report.records:,} records" if report.annotations is None else f"{report.annotations:,} annotations"
     lines = [
-        f"{report.records:,} records, {report.images:,} images, {report.categories:,} categories: "
+        f"{what}, {report.images:,} images, {report.categories:,} categories: "
         f"{errors} kinds of error, {warnings} of warning"
     ]
-    for finding in report.findings:
-        lines.append(f"{finding.code} {finding.level} x{finding.count:,}: {finding.message}")
-        for example in finding.examples:
-            record = "" if example.record is None else f"record {example.record:,}"
-            image = "" if example.image_id is None else f"image {example.image_id}"
-            place = ", ".join(filter(None, (record, image)))
-            lines.append(f"    {place + ': ' if place else ''}{example.text}")
-        if 0 < len(finding.examples) < finding.count:
-            lines.append(f"    ... and {finding.count - len(finding.examples):,} more")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for finding in report.findings for line in finding_lines(finding))])
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """A finding as lines of text: what it is and the cure, then its examples indented."""
+    lines = [f"{finding.code} {finding.level} x{finding.count:,}: {finding.message}"]
+    for example in finding.examples:
+        record = "" if example.record is None else f"record {example.record:,}"
+        image = "" if example.image_id is None else f"image {example.image_id}"
+        place = ", ".join(filter(None, (record, image)))
+        lines.append(f"    {place + ': ' if place else ''}{example.text}")
+    if 0 < len(finding.examples) < finding.count:
+        lines.append(f"    ... and {finding.count - len(finding.examples):,} more")
+    return lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,19 +115,12 @@ class Subject:
             Example(int(self.numbers[row]), int(self.results.image_id[row]), describe(row))
             for row in rows[: self.max_examples].tolist()
         )
-        return [Finding(code, "error" if code.startswith("E") else "warning", len(rows), message, examples)]
+        return [Finding(code, level_of(code), len(rows), message, examples)]
 
-    def image_sizes(self) -> FloatArray:
-        """(n, 2) width and height of each record's image; NaN where the image is unknown."""
-        sizes = np.full((len(self.results), 2), np.nan)
-        if self.truth is not None and self.truth.images:
-            ids = np.array([image.id for image in self.truth.images], np.int64)
-            table = np.array([(image.width, image.height) for image in self.truth.images], np.float64)
-            order = np.argsort(ids)
-            place = order[np.searchsorted(ids, self.results.image_id, sorter=order).clip(max=len(ids) - 1)]
-            known = ids[place] == self.results.image_id
-            sizes[known] = table[place[known]]
-        return sizes
+
+def level_of(code: str) -> Literal["error", "warning"]:
+    """What the first letter of a code says."""
+    return "error" if code.startswith("E") else "warning"
 
 
 def about_file(code: Literal["W212", "W213", "W214", "W220", "W221"], message: str) -> Finding:

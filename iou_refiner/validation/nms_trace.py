@@ -37,6 +37,7 @@ def check_nms(subject: Subject) -> list[Finding]:
     return [about_file("W220", message)]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # absurd numbers are told elsewhere
 def suppressed_at(results: Results) -> float | None:
     """The IoU threshold at which detections look NMS-ed, or None if they do not.
 
@@ -81,9 +82,10 @@ def _sample_groups(results: Results) -> tuple[IntArray, IntArray]:
     image, category = results.image_id[order], results.category_id[order]
     begins = np.ones(len(order), bool)
     begins[1:] = (image[1:] != image[:-1]) | (category[1:] != category[:-1])
-    group = np.cumsum(begins) - 1
-    rank = np.arange(len(order)) - np.flatnonzero(begins)[group]
-    order, group = order[rank < _PER_GROUP], group[rank < _PER_GROUP]
+    del image, category  # each as large as the file's columns
+    group = np.cumsum(begins, dtype=np.int32) - 1
+    best = np.arange(len(order), dtype=np.int32) - np.flatnonzero(begins).astype(np.int32)[group] < _PER_GROUP
+    order, group = order[best], group[best]
     sizes = np.bincount(group)
     pairs = int((sizes * (sizes - 1) // 2).sum())
     stride = -(-pairs // _PAIRS) or 1

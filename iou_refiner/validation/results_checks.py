@@ -9,20 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from iou_refiner.checks import shown
 from iou_refiner.coco import xywh_to_xyxy
 from iou_refiner.coco.data import FloatArray, IntArray, group_rows
+from iou_refiner.validation.annotation_checks import repeats
+from iou_refiner.validation.box_formats import EDGE, check_fit, look_normalised, look_xyxy, sizes_of_images
 from iou_refiner.validation.findings import ENOUGH, Example, Finding, Subject, about_file
 
 _PER_IMAGE = 100  # what COCO's server and evaluators keep of an image
-_EDGE = 1.0  # pixels that rounding may put a box beyond its image
+_LARGEST_AREA = 1e10  # square pixels, where the area ranges of pycocotools end
 
 
 def _check_sizes(subject: Subject) -> list[Finding]:
     size = subject.results.bbox[:, 2:]
-    negative = (size < 0).any(1)
+    negative = np.any(size < 0, axis=1)
     empty = (size == 0).any(1) & ~negative
+    sides = np.flatnonzero((size >= _LARGEST_AREA**0.5).any(1))  # the few that can be too large
+    with np.errstate(over="ignore"):
+        large = sides[(size[sides, 0] * size[sides, 1] > _LARGEST_AREA) & ~negative[sides]]
+    ignored = (
+        f"boxes of more than {_LARGEST_AREA:.0e} square pixels, which pycocotools leaves out without a word. Drop them."
+    )
     return [
         *subject.finding("E205", np.flatnonzero(negative), "negative width or height. bbox is [x, y, width, height]."),
+        *subject.finding("E207", large, ignored),
         *subject.finding("W205", np.flatnonzero(empty), "zero width or height: such a box can match nothing. Drop it."),
     ]
 
@@ -99,40 +109,25 @@ def _check_box_format(subject: Subject) -> list[Finding]:
     boxes = subject.results.bbox
     if len(boxes) < ENOUGH:
         return []
-    if boxes.max() <= 1.5:
+    if look_normalised(boxes):
         message = "boxes look normalised: no coordinate is above 1.5. Multiply by the image's width and height."
         return subject.finding("E502", np.arange(len(boxes)), message)
     findings = []
-    if _look_xyxy(boxes, subject.image_sizes()):
+    if look_xyxy(boxes, sizes_of_images(subject.truth, subject.results.image_id)):
         message = "boxes look like [x1, y1, x2, y2]. Write [x, y, width, height]: subtract the first two numbers."
         findings += subject.finding("E501", np.arange(len(boxes)), message)
     return findings
 
 
-def _look_xyxy(boxes: FloatArray, sizes: FloatArray) -> bool:
-    """Whether boxes make sense as corners and not as corner and size.
-
-    As corners, the second pair always exceeds the first. So it does for boxes that start near the origin, read as
-    sizes; but those cannot also begin in the far half of what the file's boxes reach.
-    """
-    ordered = (boxes[:, 2:] > boxes[:, :2]).all(1).mean() >= 0.99
-    far = (boxes[:, :2] > boxes[:, 2:].max(0) / 2).any(1).mean() >= 0.05
-    known = ~np.isnan(sizes).any(1)
-    if not (ordered and far) or not known.any():
-        return bool(ordered and far)
-    inside = (boxes[known, 2:] <= sizes[known] + _EDGE).all(1).mean() >= 0.99
-    beyond = (boxes[known, :2] + boxes[known, 2:] > sizes[known] + _EDGE).any(1).mean() >= 0.1
-    return bool(inside and beyond)
-
-
 def _check_frame(subject: Subject) -> list[Finding]:
-    sizes = subject.image_sizes()
-    corners = xywh_to_xyxy(subject.results.bbox)
-    outside = (corners[:, :2] < -_EDGE).any(1) | (corners[:, 2:] > sizes + _EDGE).any(1)
+    sizes = sizes_of_images(subject.truth, subject.results.image_id)
+    with np.errstate(over="ignore", invalid="ignore"):
+        corners = xywh_to_xyxy(subject.results.bbox)
+    outside = (corners[:, :2] < -EDGE).any(1) | (corners[:, 2:] > sizes + EDGE).any(1)
     rows = np.flatnonzero(outside)
     if not len(rows):
         return []
-    message = f"boxes reach more than {_EDGE:g} pixel beyond their image. Clip them if the detector did not mean to."
+    message = f"boxes reach more than {EDGE:g} pixel beyond their image. Clip them if the detector did not mean to."
     findings = subject.finding("W206", rows, message)
     with np.errstate(divide="ignore", invalid="ignore"):
         reach = (corners[:, 2:] / sizes).max(1)  # NaN where the image is unknown
@@ -148,12 +143,7 @@ def _check_frame(subject: Subject) -> list[Finding]:
 
 def _check_duplicates(subject: Subject) -> list[Finding]:
     results = subject.results
-    keys = [results.image_id, results.category_id, results.score, *results.bbox.T]
-    order = np.lexsort(keys)
-    same = np.ones(max(len(order) - 1, 0), bool)
-    for key in keys:
-        same &= key[order[1:]] == key[order[:-1]]
-    rows = np.sort(order[1:][same])  # the sort is stable, so the first of equal records is not among them
+    rows = np.flatnonzero(repeats([results.image_id, results.category_id, results.score, *results.bbox.T]))
     message = "exact duplicates (same image, class, box and score), each a false positive. Drop them."
     return subject.finding("W210", rows, message)
 
@@ -200,9 +190,8 @@ def _check_keys(subject: Subject) -> list[Finding]:
         findings.append(Finding("W230", "warning", count, message))
     names = sorted(key for key in subject.keys if key != "segmentation")
     if names:
-        message = (
-            f"records have other keys, which are kept: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
-        )
+        some = ", ".join(shown(name, 40) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+        message = f"records have other keys, which are kept: {some}."
         findings.append(Finding("W250", "warning", max(subject.keys[key] for key in names), message))
     return findings
 
@@ -214,6 +203,7 @@ COLUMN_CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (
     _check_scores,
     _check_box_format,
     _check_frame,
+    check_fit,
     _check_duplicates,
     _check_images,
     _check_rounding,

@@ -8,31 +8,43 @@ no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.coco.data import GroundTruthFile
-from iou_refiner.coco.read import Chunk, iter_results, join_chunks, read_ground_truth_file, to_ground_truth
-from iou_refiner.coco.stream import CURES, FormatError, Problem
-from iou_refiner.validation.findings import Example, Finding, Report, Subject
+from iou_refiner.coco.ground_truth import read_ground_truth_file, to_ground_truth
+from iou_refiner.coco.opening import CURES, FormatError, Problem
+from iou_refiner.coco.read import Chunk, iter_results, join_chunks
+from iou_refiner.validation.annotation_checks import IMAGE_CHECKS, OBJECT_CHECKS, Annotated, check_as_written
+from iou_refiner.validation.findings import Example, Finding, Report, Subject, finding_lines
 from iou_refiner.validation.findings import format_report as format_report
 from iou_refiner.validation.nms_trace import check_cut, check_nms
 from iou_refiner.validation.results_checks import COLUMN_CHECKS
 
 
-def validate(results_path: str | Path, ground_truth_path: str | Path | None = None, *, max_examples: int = 5) -> Report:
-    """Look through a results file and, where given, hold it against its ground truth.
+def validate(
+    results_path: str | Path | None, ground_truth_path: str | Path | None = None, *, max_examples: int = 5
+) -> Report:
+    """Look through a results file and, where given, its annotation, and hold one against the other.
 
     Unreadable records are reported and left out of what follows, so that one fault does not hide another.
 
     Args:
-        results_path: a .json or .json.gz file.
+        results_path: a .json or .json.gz file; None looks at the annotation alone.
         ground_truth_path: likewise; without it, ids and image sizes are not checked.
         max_examples: places named per finding.
+
+    Raises:
+        ValueError: no path is given.
     """
+    if results_path is None:
+        if ground_truth_path is None:
+            raise ValueError("Give the results, `--ann` with their annotation, or both: there is nothing to look at.")
+        truth, findings = _read_truth(Path(ground_truth_path), max_examples)
+        listed = (0, 0, 0) if truth is None else (len(truth.images), len(truth.categories), len(truth))
+        return Report(_causes_of(findings), 0, *listed)
     problems = _Problems(max_examples)
     chunks, keys = _read(Path(results_path), problems)
     whole = join_chunks(chunks, problems.add)
@@ -45,9 +57,8 @@ def validate(results_path: str | Path, ground_truth_path: str | Path | None = No
     subject = Subject(whole.results, whole.numbers, keys, truth, max_examples)
     for check in (*COLUMN_CHECKS, check_cut, check_nms):
         findings += check(subject)
-    findings = [finding for finding in findings if not _is_consequence(finding.code, {f.code for f in findings})]
     return Report(
-        tuple(sorted(findings, key=lambda finding: finding.code)),
+        _causes_of(findings),
         len(whole.results),
         len(np.unique(whole.results.image_id)),
         len(np.unique(whole.results.category_id)),
@@ -56,21 +67,30 @@ def validate(results_path: str | Path, ground_truth_path: str | Path | None = No
 
 # A symptom that its cause explains is not worth a line of its own.
 _CAUSES = {
+    "E404": {"E405"},
     "E503": {"E501"},
-    "W206": {"E501", "E503"},
+    "E504": {"E501", "E502", "E503", "E405", "E406"},
+    "E505": {"E501", "E502", "E405", "E406"},
+    "W206": {"E410", "E501", "E503", "E504", "E505"},
     "W212": {"E101", "E102", "E301"},
     "W213": {"E502"},
     "W220": {"E501"},
     "W221": {"E303"},
+    "W404": {"E405"},
+    "W408": {"E405", "E406"},
 }
 
 
-def _is_consequence(code: str, codes: set[str]) -> bool:
-    return bool(_CAUSES.get(code, set()) & codes)
+def _causes_of(findings: list[Finding]) -> tuple[Finding, ...]:
+    """The findings by code, without those that another one explains."""
+    codes = {finding.code for finding in findings}
+    causes = [finding for finding in findings if not _CAUSES.get(finding.code, set()) & codes]
+    return tuple(sorted(causes, key=lambda finding: finding.code))
 
 
 _KINDS = {
     "E102": "not whole JSON",
+    "E104": "the same key twice",
     "E103": "NaN or Infinity literals",
     "E201": "missing keys",
     "E202": "wrong types",
@@ -124,37 +144,39 @@ def _read(path: Path, problems: _Problems) -> tuple[list[Chunk], Counter[str]]:
 def _read_truth(path: Path, max_examples: int) -> tuple[GroundTruth | None, list[Finding]]:
     try:
         file = read_ground_truth_file(path)
+        truth = to_ground_truth(file, path, any_crowd=True)
     except FormatError as error:
         return None, [Finding(error.code, "error", 1, str(error))]
-    findings = list(_check_annotations(file, path, max_examples))
-    try:
-        return to_ground_truth(file, path), findings
-    except FormatError as error:
-        return None, [*findings, Finding(error.code, "error", 1, str(error))]
+    annotated = Annotated(truth, path, max_examples)
+    findings = [finding for check in (*IMAGE_CHECKS, *OBJECT_CHECKS) for finding in check(annotated)]
+    return truth, [*findings, *check_as_written(file, annotated)]
 
 
-def _check_annotations(file: GroundTruthFile, path: Path, max_examples: int) -> Iterator[Finding]:
-    uses = Counter(annotation.id for annotation in file.annotations)
-    for code, level, wrong, message in (
-        (
-            "E401",
-            "error",
-            [row for row in file.annotations if row.id == 0 or uses[row.id] > 1],
-            "annotation ids are 0 or occur twice, which makes pycocotools lose matches. Number them anew from 1.",
-        ),
-        (
-            "E402",
-            "error",
-            [row for row in file.annotations if row.area is None or row.iscrowd is None],
-            "annotations lack area or iscrowd, which stops pycocotools. Add iscrowd 0 and the bbox's area.",
-        ),
-        (
-            "W240",
-            "warning",
-            [row for row in file.annotations if row.ignore and not row.iscrowd],
-            "annotations have ignore without iscrowd, and evaluators go by iscrowd alone. Set iscrowd to 1.",
-        ),
-    ):
-        if wrong:
-            examples = tuple(Example(None, row.image_id, f"annotation {row.id}") for row in wrong[:max_examples])
-            yield Finding(code, "error" if level == "error" else "warning", len(wrong), f"{path}: {message}", examples)
+def check_before(
+    results: Results, ground_truth: GroundTruth, path: str | Path, *, ann: str | Path | None = None
+) -> None:
+    """Refuse what :func:`validate` calls an error, before work is spent on it; warnings pass.
+
+    Args:
+        results: all records of a file in its order, as :func:`iou_refiner.coco.read_results` gives them.
+        ground_truth: its images and categories; from :func:`iou_refiner.coco.read_images` where annotations do not
+            matter.
+        path: of the results, for the message.
+        ann: path of the annotation where its objects matter (eval): its errors are refused too. None checks none of
+            them, only the images.
+
+    Raises:
+        DataError: one line per kind of error with its first records, its cause and its cure, and how to skip the check
+            (``--no-check``).
+    """
+    subject = Subject(results, np.arange(1, len(results) + 1), Counter(), ground_truth, 3)
+    annotated = Annotated(ground_truth, "the annotation" if ann is None else ann, 3)
+    object_checks = () if ann is None else OBJECT_CHECKS
+    findings = [
+        *(finding for check in COLUMN_CHECKS for finding in check(subject)),
+        *(finding for check in (*IMAGE_CHECKS, *object_checks) for finding in check(annotated)),
+    ]
+    errors = [finding for finding in _causes_of(findings) if finding.level == "error"]
+    if errors:
+        lines = "\n".join(line for finding in errors for line in finding_lines(finding))
+        raise DataError(f"{path} does not pass `iou-refiner validate`:\n{lines}\nTo go on all the same: --no-check")

@@ -54,7 +54,7 @@ class Testbed:
 
     def __init__(self, adapter: Adapter, cache: Path, data: Path = COCO_PERSON, split: str = "val"):
         self.adapter, self.images = adapter, data / "images"
-        self.cache = FeatureCache(cache, adapter)
+        self.cache = FeatureCache(cache, adapter).of(self.images)
         self.train_truth, self.truth = (read_ground_truth(data / f"instances_{name}.json") for name in ("train", split))
         self.fill(self.truth.images, 0)
         self.eval_set = TrainingSet(self.cache, self.truth)
@@ -62,7 +62,7 @@ class Testbed:
 
     def fill(self, images: Iterable[Image], view: int) -> None:
         """Extract what the cache lacks."""
-        for _ in self.cache.fill(self.images, images, view=view):
+        for _ in self.cache.fill(images, view=view):
             pass
 
     def train_head(self, variant: Variant, seed: int, passes: int) -> IoUHead:

@@ -15,7 +15,8 @@ import torch
 from examples import small_detectors
 from iou_refiner import Detections, FeatureMaps, IoUHead, Stage
 from iou_refiner.coco import Image, Results, read_ground_truth, read_results, write_results
-from iou_refiner.detector.features import Extraction, extract_image, open_image
+from iou_refiner.detector.features import Extraction, extract_image
+from iou_refiner.detector.images import open_image
 from iou_refiner.detector.sources import FeatureSource
 from iou_refiner.rescoring import dump_candidates, rescore
 from scripts.bench.work import Work, ensure, lively

@@ -40,16 +40,16 @@ class Evaluator:
     def __init__(self, spec: str, head: Path, cache: Path, data: Path, split: str):
         self.adapter = detector_from_spec(spec)
         self.data = data
-        self.cache = FeatureCache(cache, self.adapter)
+        self.cache = FeatureCache(cache, self.adapter).of(data / "images")
         self.truth = self.read(split)
-        self.source = lambda image: self.cache.load(image.id)
+        self.source = self.cache.load
         self.candidates = Results.concat(dump_candidates(self.source, self.adapter.category_ids, self.truth))
         self.head = load_head(head)
 
     def read(self, split: str) -> GroundTruth:
         """The annotation of a split, all images of which are in the cache from now on."""
         truth: GroundTruth = read_ground_truth(self.data / f"instances_{split}.json")
-        for _ in self.cache.fill(self.data / "images", truth.images):
+        for _ in self.cache.fill(truth.images):
             pass
         return truth
 

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     options = parser.parse_args()
     plt.rcParams |= {"svg.hashsalt": "iou-refiner", "axes.spines.top": False, "axes.spines.right": False}
-    cache = FeatureCache(options.cache, small_detector(options.detector))
+    cache = FeatureCache(options.cache, small_detector(options.detector)).of(COCO_PERSON / "images")
     test = TrainingSet(cache, read_ground_truth(COCO_PERSON / "instances_test.json"))
     candidates, left = suppressed(load_head(options.head), test)
     correlation(candidates, options.detector)

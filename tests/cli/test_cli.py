@@ -293,14 +293,19 @@ class TestThreeJobs:
         status, out, _ = run("info", trained, "--json")
         about = json.loads(out)
         assert status == 0
-        assert about.keys() == {"architecture", "detector", "training", "metrics", "recommended", "trials"}
+        assert about.keys() == {
+            "architecture", "detector", "training", "metrics", "recommended", "categories", "trials",
+        }  # fmt: skip
         assert about["architecture"]["width"] == 4
         assert about["architecture"]["channels"] == [4, 4]
         assert about["detector"]["name"] == "ToyDetector"
         assert about["training"]["epochs"] == 8
         assert "pearson" in about["metrics"]
         assert {frozenset(trial) for trial in about["trials"]} == {frozenset([*about["recommended"], "AP", "AP50"])}
-        assert "width: 4" in run("info", trained)[1]
+        assert about["categories"] == [{"id": 1, "name": "rectangle", "label": 1}]
+        text = run("info", trained)[1]
+        for line in ("width: 4", "1: rectangle (label 1)", "trials on val, AP and AP50", "rank_alpha 0.25"):
+            assert line in text
 
     def test_a_file_already_suppressed_is_pointed_out(self, run, trained, home):
         # Pairs of boxes whose overlaps pile up below .5, with none above: what NMS at .5 leaves.

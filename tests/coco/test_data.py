@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iou_refiner.coco.data import Results, group_rows, xywh_to_xyxy, xyxy_to_xywh
-from iou_refiner.coco.read import read_ground_truth
+from iou_refiner.coco.ground_truth import read_ground_truth
 from tests.kit.coco_files import SETTINGS, TRUTH, assert_same, put, some_results
 
 

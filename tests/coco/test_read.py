@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from iou_refiner.checks import DataError
 from iou_refiner.coco import stream
-from iou_refiner.coco.read import FormatError, Problem, iter_results, read_ground_truth, read_results
+from iou_refiner.coco.ground_truth import read_ground_truth
+from iou_refiner.coco.opening import FormatError, Problem
+from iou_refiner.coco.read import iter_results, read_results
 from tests.kit.coco_files import GOOD, SETTINGS, TRUTH, finite, put
 
 text = st.text(max_size=8) | st.sampled_from(['"', "\\", '\\"', "}, {", "]", "[{", '\\\\"}', "é"])

@@ -21,8 +21,8 @@ from iou_refiner.demo.data import DIGIT_SIDES, IMAGE_SIDE, SPLITS, Sources, draw
 from iou_refiner.demo.ink import Ink
 from iou_refiner.demo.result import DemoResult
 from iou_refiner.demo.run import STAGES, Budget, detector, follow_up, load_detector, run_demo
-from iou_refiner.detector.features import open_image
 from iou_refiner.detector.fingerprint import fingerprint
+from iou_refiner.detector.images import open_image
 from iou_refiner.detector.registry import detector_from_spec
 from iou_refiner.evaluation.ap import METRICS
 from iou_refiner.evaluation.bootstrap import compare

@@ -21,7 +21,7 @@ def toy(tmp_path_factory) -> ToyData:
 
 def test_the_cache_gives_back_what_the_detector_extracted(toy):
     folder, truth, detector, cache = toy
-    live, cached = extract_image(detector, folder, truth.images[0]), cache.load(truth.images[0].id)
+    live, cached = extract_image(detector, folder, truth.images[0]), cache.load(truth.images[0])
     for a, b in zip(live.features.levels, cached.features.levels, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=6e-4)  # float16
     assert torch.equal(live.candidates.boxes, cached.candidates.boxes)
@@ -30,8 +30,8 @@ def test_the_cache_gives_back_what_the_detector_extracted(toy):
 
 
 def test_what_is_there_is_not_extracted_again(toy):
-    folder, truth, _, cache = toy
-    assert list(cache.fill(folder, truth.images)) == []
+    _, truth, _, cache = toy
+    assert list(cache.fill(truth.images)) == []
 
 
 def test_the_cache_of_another_detector_is_refused(toy, tmp_path):
@@ -40,25 +40,26 @@ def test_the_cache_of_another_detector_is_refused(toy, tmp_path):
     with torch.no_grad():
         other.weight.fill_(2.0)
     with pytest.raises(DataError, match="made with another detector"):
-        FeatureCache(cache.folder, other)
+        FeatureCache(cache.cache.folder, other)
     with pytest.raises(DataError, match="made with another dtype"):
-        FeatureCache(cache.folder, detector, dtype="float32")
+        FeatureCache(cache.cache.folder, detector, dtype="float32")
 
 
 def test_a_full_disk_is_said_before_it_fills(toy, tmp_path, monkeypatch):
     folder, truth, detector, _ = toy
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(DataError, match=r"needs about .* GB more"):
-        list(FeatureCache(tmp_path, detector).fill(folder, truth.images))
+        list(FeatureCache(tmp_path, detector).of(folder).fill(truth.images))
 
 
 def test_a_damaged_entry_is_named(toy, tmp_path):
     folder, truth, detector, _ = toy
-    cache = FeatureCache(tmp_path, detector)
-    list(cache.fill(folder, truth.images[:1]))
-    (tmp_path / "1.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="Image 1 cannot be read"):
-        cache.load(1)
+    cache = FeatureCache(tmp_path, detector).of(folder)
+    list(cache.fill(truth.images[:1]))
+    (entry,) = tmp_path.glob("1-0-*.safetensors")
+    entry.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=f"Image 1 cannot be read .*{entry} is damaged .*Remove that file"):
+        cache.load(truth.images[0])
 
 
 def test_images_that_are_not_what_the_annotation_says(toy, tmp_path):
@@ -67,7 +68,7 @@ def test_images_that_are_not_what_the_annotation_says(toy, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         extract_image(detector, tmp_path, image)
     (tmp_path / image.file_name).write_bytes(b"no image")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no image of a format read here"):
         extract_image(detector, tmp_path, image)
     wrong = type(image)(image.id, image.file_name, 99, image.height)
     with pytest.raises(DataError, match="64 x 64 pixels, its annotation says 99 x 64"):
@@ -97,8 +98,8 @@ def test_a_source_extracts_as_the_detector_does_and_a_cached_one_only_once(toy, 
 
 def test_the_size_on_disk_is_foretold(toy):
     _, truth, _, cache = toy
-    extraction = cache.load(truth.images[0].id)
+    extraction = cache.load(truth.images[0])
     told = extraction.nbytes(torch.float16)
-    written = (cache.folder / f"{truth.images[0].id}.safetensors").stat().st_size
-    assert abs(written - told) < 1024  # the header
+    (entry,) = cache.cache.folder.glob(f"{truth.images[0].id}-0-*.safetensors")
+    assert abs(entry.stat().st_size - told) < 1536  # the header
     assert extraction.nbytes(torch.float32) - told == 2 * sum(np.prod(x.shape) for x in extraction.features.levels)

@@ -19,7 +19,7 @@ from torch import Tensor
 from iou_refiner.checks import DataError
 from iou_refiner.detector.fingerprint import fingerprint
 from iou_refiner.head.checkpoint import describe_head, load_head, save_head
-from iou_refiner.head.config import HeadConfig, HeadMetadata
+from iou_refiner.head.config import HeadConfig, HeadMetadata, TrainedCategory
 from iou_refiner.head.iou_head import IoUHead
 from tests.kit.heads import make_boxes, make_features, make_head
 
@@ -65,7 +65,11 @@ def test_what_was_saved_is_loaded(tmp_path: Path, config: dict[str, Any], metada
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
     max_leaves=4,
 )
@@ -116,7 +120,7 @@ def test_a_head_describes_itself_without_its_weights(tmp_path: Path) -> None:
     assert about["format"] == FORMAT
     assert about["architecture"].keys() == {"channels", "strides", "num_classes", "config"}
     assert about["architecture"]["config"] == {**asdict(head.config), "hidden": [16]}
-    assert about["metadata"] == {**asdict(METADATA), "trials": list(METADATA.trials)}
+    assert about["metadata"] == {**asdict(METADATA), "trials": list(METADATA.trials), "categories": []}
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +149,21 @@ def test_the_same_head_gives_the_same_bytes(tmp_path: Path) -> None:
     head.metadata = replace(METADATA, metrics={"pearson": 0.6})
     save_head(head, files["b"])
     assert files["a"].read_bytes() != files["b"].read_bytes()
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    head, path = make_head(), tmp_path / "head.safetensors"
+    head.metadata = replace(METADATA, metrics={"pearson": float("nan"), "mae": [float("inf"), 0.5]})
+    save_head(head, path)
+    assert b"NaN" not in path.read_bytes()
+    assert describe_head(path)["metadata"]["metrics"] == {"pearson": None, "mae": [None, 0.5]}
+
+
+def test_what_it_was_trained_on_survives_the_file(tmp_path: Path) -> None:
+    head, path = make_head(), tmp_path / "head.safetensors"
+    head.metadata = replace(METADATA, categories=(TrainedCategory(1, "person", 0), TrainedCategory(3, "car", 2)))
+    save_head(head, path)
+    assert load_head(path).metadata == head.metadata
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from iou_refiner import (
 from iou_refiner.boxes import clip_boxes, pairwise_iou, valid_boxes
 from iou_refiner.coco import GroundTruth, read_ground_truth, xywh_to_xyxy
 from iou_refiner.detector.adapter import Suppression
-from iou_refiner.detector.features import open_image
-from iou_refiner.detector.sources import FeatureCache
+from iou_refiner.detector.images import open_image
+from iou_refiner.detector.sources import CachedFeatures, FeatureCache
 from iou_refiner.detector.views import View
 from iou_refiner.head.iou_head import Prediction
 from iou_refiner.stage.nms import nms
@@ -156,15 +156,15 @@ class ToyData(NamedTuple):
     folder: Path
     truth: GroundTruth
     detector: ToyDetector
-    cache: FeatureCache
+    cache: CachedFeatures
 
 
 def make_cached(folder: Path, count: int = 12, *, views: int = 3) -> ToyData:
     """A toy data set whose features are cached."""
     path, detector = make_dataset(folder, count)
-    truth, cache = read_ground_truth(path), FeatureCache(folder / "cache", detector)
+    truth, cache = read_ground_truth(path), FeatureCache(folder / "cache", detector).of(folder)
     for view in range(views):
-        list(cache.fill(folder, truth.images, view=view))
+        list(cache.fill(truth.images, view=view))
     return ToyData(folder, truth, detector, cache)
 
 

@@ -99,13 +99,14 @@ def test_perfect_boxes_stay_bit_identical() -> None:
     assert torch.equal(result.boxes, gt_boxes)
 
 
+# Powers of two scale floats exactly; another factor rounds, and may turn a step that hardly gains into one that loses.
 @settings(max_examples=20)
-@given(factor=st.sampled_from([7.0, 0.3]), seed=st.integers(0, 1000))
+@given(factor=st.sampled_from([8.0, 0.25]), seed=st.integers(0, 1000))
 def test_a_scaled_scene_gives_the_scaled_result(factor: float, seed: int) -> None:
     boxes, gt_boxes = noisy_boxes(64, 10, seed)
     small = refine_boxes(true_iou(gt_boxes), boxes).boxes
     large = refine_boxes(true_iou(gt_boxes * factor), boxes * factor).boxes
-    torch.testing.assert_close(small * factor, large, rtol=1e-3, atol=0.02 * factor)
+    assert torch.equal(small * factor, large)
 
 
 def test_a_box_is_refined_as_it_would_be_alone() -> None:

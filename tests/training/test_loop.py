@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from iou_refiner import DataError, HeadConfig, IoUHead, TrainSettings, fingerprint, load_head, train_head
+from iou_refiner.coco import Image
 from iou_refiner.detector.sources import FeatureCache
 from iou_refiner.training.loop import measure
 from iou_refiner.training.losses import total_loss
@@ -104,8 +105,8 @@ def test_resuming_with_other_settings_is_refused(toy, tmp_path):
 def test_the_detector_is_proven_frozen(toy):
     folder, truth, detector, _ = toy
     loose = type(detector)(detector.gt_boxes)
-    cache = FeatureCache(folder / "loose", loose)
-    list(cache.fill(folder, truth.images))
+    cache = FeatureCache(folder / "loose", loose).of(folder)
+    list(cache.fill(truth.images))
 
     def touch(phase: str, done: int, total: int) -> None:
         with torch.no_grad():
@@ -117,13 +118,13 @@ def test_the_detector_is_proven_frozen(toy):
 
 def test_features_that_are_not_finite_stop_the_training_with_the_image(toy, tmp_path):
     folder, truth, detector, _ = toy
-    cache = FeatureCache(tmp_path, detector)
-    list(cache.fill(folder, truth.images))
+    cache = FeatureCache(tmp_path, detector).of(folder)
+    list(cache.fill(truth.images))
     load = cache.load
 
-    def poisoned(image_id: int, *, view: int = 0):
-        extraction = load(image_id, view=view)
-        if image_id == 7:
+    def poisoned(image: Image, *, view: int = 0):
+        extraction = load(image, view=view)
+        if image.id == 7:
             extraction.features.levels[0].fill_(torch.nan)
         return extraction
 

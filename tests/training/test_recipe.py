@@ -9,6 +9,7 @@ import pytest
 from iou_refiner import HeadConfig, Stage, StageSettings, TrainSettings, load_head
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.detector.sources import FeatureCache
+from iou_refiner.head.config import TrainedCategory
 from iou_refiner.training.loop import measure
 from iou_refiner.training.recipe import train
 from iou_refiner.training.samples import TrainingSet
@@ -42,7 +43,12 @@ def test_from_images_to_file(tmp_path):
     assert loaded.metadata.detector_name == "ToyDetector"
     assert loaded.metadata.training == {**asdict(SETTINGS), "seed": 0, "images": 12 * SETTINGS.views}
     assert loaded.num_classes == 2
-    data = TrainingSet(FeatureCache(tmp_path / "run" / "cache", detector), truth)
+    assert loaded.metadata.categories == (TrainedCategory(1, "rectangle", 1),)
+    assert "validation set is small (12 images, about 100 or more are needed)" in said[-2]
+    assert said[-1].startswith("val AP ")
+    for name in ("val_AP_detector", "val_AP_chosen", "val_AP_gain_low"):
+        assert history[-1][name] == loaded.metadata.metrics[name]
+    data = TrainingSet(FeatureCache(tmp_path / "run" / "cache", detector).of(tmp_path / "images"), truth)
     assert history[-1]["pearson"] == pytest.approx(measure(loaded, data)["pearson"])
     assert loaded.metadata.metrics["pearson"] == history[-1]["pearson"]
     assert "Features of 12 images: about 0.00 GB" in said[0]

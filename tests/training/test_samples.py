@@ -72,7 +72,7 @@ def test_training_and_evaluation_agree_on_a_data_set(toy, share):
     _, truth, _, cache = toy
     truth = replace(truth, iscrowd=np.random.default_rng(1).random(len(truth)) < share)
     data = TrainingSet(cache, truth)
-    results = Results.concat(dump_candidates(lambda image: cache.load(image.id), None, truth))
+    results = Results.concat(dump_candidates(lambda image: cache.load(image), None, truth))
     expected, rows_of = true_iou(results, truth), results.by_image()
     for index, image in enumerate(truth.images):
         extraction, targets = data.load(index)
@@ -125,9 +125,9 @@ def test_views_come_with_their_own_objects(toy):
 
 
 def test_an_image_missing_from_the_cache_is_named(toy, tmp_path):
-    _, truth, detector, _ = toy
+    folder, truth, detector, _ = toy
     with pytest.raises(DataError, match=r"12 of 12 images are not in the feature cache \(first: image 1\)"):
-        TrainingSet(FeatureCache(tmp_path, detector), truth)
+        TrainingSet(FeatureCache(tmp_path, detector).of(folder), truth)
 
 
 # ---- Samples. ----

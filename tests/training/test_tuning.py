@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from itertools import cycle
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch
 from iou_refiner.coco import GroundTruth, read_ground_truth, xywh_to_xyxy
 from iou_refiner.detector.sources import feature_source
 from iou_refiner.head.iou_head import Prediction
+from iou_refiner.stage.settings import StageSettings
 from iou_refiner.training import tuning
-from iou_refiner.training.tuning import choose_settings
+from iou_refiner.training.tuning import choose_settings, own_behaviour
 from tests.kit.toys import OracleHead, make_dataset
 
 
@@ -48,18 +50,24 @@ class PerImage(OracleHead):
 
 def test_a_head_that_knows_is_put_to_use(scene):
     truth, source = scene
-    chosen, record = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    choice = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    chosen, record = choice.settings, choice.trials
     assert chosen.rank_alpha > 0
     assert chosen.ascent_steps > 0
     # The settings chosen are among the trials, and none measured better by more than the trifles passed over.
     ap = next(t["AP"] for t in record if all(t[name] == value for name, value in asdict(chosen).items()))
     assert ap > record[0]["AP"] + 0.1
     assert ap >= max(t["AP"] for t in record) - 0.004
+    assert choice.sure
+    assert choice.interval[0] > 0
+    assert (choice.before, choice.after, choice.best) == (record[0]["AP"], ap, ap)
+    assert re.fullmatch(r"val AP \d+\.\d -> \d+\.\d \[\+\d+\.\d, \+\d+\.\d\]", str(choice))
 
 
 def test_a_head_that_misleads_is_left_out(scene):
     truth, source = scene
-    chosen, record = choose_settings(PerImage(truth, knows=False), source, None, truth)
+    choice = choose_settings(PerImage(truth, knows=False), source, None, truth)
+    chosen, record = choice.settings, choice.trials
     assert chosen.rank_alpha == 0
     assert chosen.regression_steps == 0
     assert chosen.ascent_steps == 0
@@ -73,14 +81,32 @@ def test_a_setting_is_not_changed_for_a_trifle(scene, monkeypatch):
     monkeypatch.setattr(
         tuning, "evaluate", lambda *_: SimpleNamespace(metrics={"AP": 0.3 + next(trifles), "AP50": 0.5})
     )
-    chosen, record = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    choice = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    chosen, record = choice.settings, choice.trials
     assert asdict(chosen) == {name: value for name, value in record[0].items() if name not in ("AP", "AP50")}
+
+
+@pytest.mark.parametrize("low", [-0.004, 0.0, float("nan")])
+def test_a_gain_that_is_not_sure_leaves_the_detector_as_it_is(scene, monkeypatch, low):
+    truth, source = scene
+    monkeypatch.setattr(tuning, "compare", lambda *_, **__: SimpleNamespace(intervals={"AP": (low, 0.3)}))
+    choice = choose_settings(PerImage(truth, knows=True), source, None, truth, own_threshold=0.6)
+    assert choice.settings == StageSettings.detector_only(nms_threshold=0.6)
+    assert not choice.sure
+    assert choice.after == choice.before < choice.best
+    assert asdict(choice.settings) == {k: v for k, v in choice.trials[0].items() if k not in ("AP", "AP50")}
+    assert "the detector's own behaviour is recommended" in str(choice)
+
+
+def test_a_detector_without_nms_does_not_get_one():
+    assert own_behaviour(None).nms == "none"
+    assert own_behaviour(0.65) == StageSettings.detector_only(nms_threshold=0.65)
 
 
 def test_progress_counts_every_trial(scene):
     truth, source = scene
     seen = []
-    _, record = choose_settings(
+    record = choose_settings(
         PerImage(truth, knows=True), source, None, truth, progress=lambda *said: seen.append(said)
-    )
+    ).trials
     assert seen == [("choosing settings", n, len(record)) for n in range(1, len(record) + 1)]

@@ -191,11 +191,11 @@ def test_missing_files_are_findings(tmp_path: Path) -> None:
 
 
 TRUTHS: dict[str, tuple[str, Callable[[Truth], Any], int, str]] = {
-    "E401 twice": ("E401", lambda t: t["annotations"][0].update(id=2), 2, "occur twice"),
-    "E401 zero": ("E401", lambda t: t["annotations"][0].update(id=0), 1, "ids are 0"),
+    "W401 twice": ("W401", lambda t: t["annotations"][0].update(id=2), 2, "occur twice"),
+    "W401 zero": ("W401", lambda t: t["annotations"][0].update(id=0), 1, "ids are 0"),
     "E401 image": ("E401", lambda t: t["images"][0].update(id=25), 1, "image ids must be unique"),
-    "E402 area": ("E402", lambda t: t["annotations"][0].pop("area"), 1, "lack area or iscrowd"),
-    "E402 crowd": ("E402", lambda t: t["annotations"][0].pop("iscrowd"), 1, "lack area or iscrowd"),
+    "W402 area": ("W402", lambda t: t["annotations"][0].pop("area"), 1, "lack area or iscrowd"),
+    "W402 crowd": ("W402", lambda t: t["annotations"][0].pop("iscrowd"), 1, "lack area or iscrowd"),
     "W240": ("W240", lambda t: t["annotations"][0].update(ignore=1), 1, "ignore without iscrowd"),
     "E201": ("E201", lambda t: t["annotations"][0].pop("bbox"), 1, "annotations, entry 1"),
     "E301": ("E301", lambda t: t["annotations"][0].update(image_id=1), 1, "image 1 is not listed"),
@@ -229,7 +229,7 @@ def test_one_fault_hides_no_other(tmp_path: Path) -> None:
     truth = good_truth()
     truth["annotations"][0]["id"] = 0
     report = run(tmp_path, rows, truth)
-    assert codes_of(report) == ["E103", "E201", "E202", "E205", "E301", "E401", "W210"]
+    assert codes_of(report) == ["E103", "E201", "E202", "E205", "E301", "W210", "W401"]
     places = {finding.code: [example.record for example in finding.examples] for finding in report.findings}
     assert places == {
         "E103": [12],
@@ -237,8 +237,8 @@ def test_one_fault_hides_no_other(tmp_path: Path) -> None:
         "E202": [5],
         "E205": [10],
         "E301": [9],
-        "E401": [None],
         "W210": [61],
+        "W401": [None],
     }
     assert report.records == 58
 

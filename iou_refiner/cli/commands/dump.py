@@ -7,9 +7,18 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from iou_refiner.cli.console import new_file
 from iou_refiner.cli.exit_codes import OK
-from iou_refiner.cli.options import Annotation, Cache, Detector, Images, Output, Overwrite, Quiet
+from iou_refiner.cli.inputs import check_images, detector_on, results_file
+from iou_refiner.cli.options import (
+    Annotation,
+    Cache,
+    Detector,
+    Images,
+    Output,
+    Overwrite,
+    Quiet,
+    after_interrupt,
+)
 
 
 def dump(
@@ -30,18 +39,20 @@ def dump(
     top
         Candidates kept per image, best scores first.
     """
-    output = new_file(output, overwrite, inputs=[ann])
-    from iou_refiner.coco import Results, read_ground_truth, write_results
-    from iou_refiner.detector.registry import detector_from_spec
+    output = results_file(output, overwrite, inputs=[ann], detector=detector)
+    from iou_refiner.coco import read_images, write_parts
     from iou_refiner.detector.sources import feature_source
     from iou_refiner.rescoring import dump_candidates
 
-    ground_truth = read_ground_truth(ann)
-    adapter = detector_from_spec(detector).to(console.torch_device())
+    ground_truth = read_images(ann)
+    check_images(images, ground_truth.images, outputs=[output])
+    adapter = detector_on(detector, console)
+    console.after_interrupt = after_interrupt(output, cache)
     source = feature_source(adapter, images, cache)
     parts = dump_candidates(source, adapter.category_ids, ground_truth, top=top)
-    results = Results.concat(console.track(parts, len(ground_truth.images), "detecting"))
-    write_results(output, results, image_order=[image.id for image in ground_truth.images])
+    count = write_parts(output, console.track(parts, len(ground_truth.images), "detecting"))
     console.save_config(output)
-    console.data({"records": len(results), "output": str(output)}, f"{len(results):,} candidates in {output}")
+    for note in source.notes():
+        console.note(note)
+    console.data({"records": count, "output": str(output)}, f"{count:,} candidates in {output}")
     return OK
