@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from iou_refiner import HeadConfig, IoUHead, cli, save_head
 from iou_refiner.coco import read_results
 from iou_refiner.head.config import HeadMetadata, TrainedCategory
+from tests.kit.needs import needs_package
 from tests.kit.paths import ROOT
 from tests.kit.toys import make_dataset
 
@@ -299,7 +300,6 @@ BEFORE_THE_DETECTOR: list[tuple[list[str], int, str]] = [
     ([*DUMP, "--config", "broken.toml"], 2, "broken.toml cannot be read"),
     ([*DUMP, "--config", "broken_config.json"], 2, "broken_config.json cannot be read"),
     ([*DUMP, "--config", "binary.toml"], 2, "binary.toml cannot be read"),
-    ([*DUMP, "--config", "tag.yaml"], 2, "tag.yaml cannot be read"),
     ([*DUMP, "--config", "absent.json"], 2, "absent.json: no such file"),
     ([*DUMP, "--config", "images"], 2, "expected a .toml, .yaml or .json file"),
     (["info", "dets.json"], 3, "dets.json: not a readable safetensors file"),
@@ -319,6 +319,13 @@ def test_it_is_refused_before_the_detector_is_built(home, capsys, words, status,
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == files
     code, out, err = run(capsys, *words, "--json")
     assert (code, json.loads(out or "{}").get("exit", status)) == (status, status)
+
+
+def test_a_tag_in_a_config_runs_nothing(home, capsys):
+    needs_package("yaml", install="pip install pyyaml")
+    code, out, err = run(capsys, *DUMP, "--config", "tag.yaml")
+    assert (code, "tag.yaml cannot be read" in err, out) == (2, True, "")
+    assert not (home / "ran").exists()
 
 
 # The same, where only the detector can say it.
@@ -412,10 +419,13 @@ def test_json_is_alone_on_stdout_whatever_a_detector_prints(home, command):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_keeps_what_it_says(home):
+    # A run in the background of a shell ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "iou_refiner", *changed(DUMP, detector="mine.py:slow")],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 60
     while not Path("slow").exists() and time.monotonic() < until:
         time.sleep(0.05)
