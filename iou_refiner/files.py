@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -51,6 +52,19 @@ def write_whole(path: Path, data: bytes, *, tidy: bool = True) -> None:
     """Write ``data`` by way of :func:`replacing`."""
     with replacing(path, tidy=tidy) as stream:
         stream.write(data)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of what a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def to_json(value: Any, **options: Any) -> str:

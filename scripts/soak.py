@@ -4,7 +4,8 @@
 
 Every command is run once undisturbed, on toys of the tests. Then commands drawn from the seed are killed, some with a
 second process on the same feature cache, and run again to the end. What they leave must be whole after every kill, and
-at the end equal to what the undisturbed run left. Exit code 1 where it is not; the files stay then.
+at the end equal to what the undisturbed run left, with nothing beside it; an interrupted run must have said how many
+images it keeps, and the next one must go on from there. Exit code 1 where it is not so; the files stay then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,10 +28,10 @@ from typing import NamedTuple
 
 from scripts.paths import ROOT
 
-IMAGES, SIGNALS = 16, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+IMAGES, SECONDS, SIGNALS = 16, 0.2, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # As slow as a real detector, so that kills fall between images, not only into the start of Python.
 DETECTOR = f"""
-import tempfile, time
+import os, tempfile, time
 from pathlib import Path
 from tests.kit.toys import ToyDetector, make_dataset
 
@@ -38,7 +40,8 @@ def detector():
         made = make_dataset(Path(folder), {IMAGES})[1]
     forward = ToyDetector.forward
     def slow(self, images):
-        time.sleep(0.06 * len(images))
+        Path(os.environ["BEGAN"]).touch()
+        time.sleep({SECONDS} * len(images))
         return forward(self, images)
     ToyDetector.forward = slow
     return made
@@ -70,11 +73,14 @@ KINDS = {
 
 
 class Job(NamedTuple):
-    """What the seed decides of one command: by what it is killed, and when, as a share of the undisturbed time."""
+    """What the seed decides of one command: by what it is killed, and when.
+
+    A kill falls into the images, at a share of the time that they take, or before them, at a share of the whole time.
+    """
 
     number: int
     kind: str
-    kills: tuple[tuple[float, signal.Signals], ...]
+    kills: tuple[tuple[bool, float, signal.Signals], ...]
     beside: bool
     fresh_cache: bool
 
@@ -84,7 +90,8 @@ def plan(seed: int) -> Iterator[Job]:
     rng, names = random.Random(seed), list(KINDS)
     for number in range(10**9):
         kind = rng.choices(names, [KINDS[name].weight for name in names])[0]
-        kills = tuple((rng.uniform(0.3, 1.0), rng.choice(SIGNALS)) for _ in range(rng.choice((1, 1, 2, 3))))
+        count = rng.choice((1, 1, 2, 3))
+        kills = tuple((rng.random() < 0.8, rng.uniform(0.1, 1.0), rng.choice(SIGNALS)) for _ in range(count))
         beside = "cached" in kind and rng.random() < 0.5
         yield Job(number, kind, kills, beside, rng.random() < 0.5)
 
@@ -106,7 +113,9 @@ class Soak:
         (self.folder / out).mkdir(parents=True, exist_ok=True)
         words = [word.replace("OUT", out).replace("CACHE", cache) for word in KINDS[kind].words]
         words += KINDS[kind].again if again else ()
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        began = self.folder / out / "began"
+        began.unlink(missing_ok=True)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BEGAN": str(began)}
         self.counts["commands"][kind] += 1
         with (self.folder / out / "stdout").open("wb") as stdout, (self.folder / out / "stderr").open("wb") as stderr:
             command = [sys.executable, "-m", "iou_refiner", *words]
@@ -139,7 +148,7 @@ class Soak:
                 elif path.name.endswith((".jsonl", ".config.json")):
                     text = path.read_text()
                     _ = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-                elif path.name.startswith("out.json") and path.suffix != ".tmp":
+                elif path.name.startswith("out.json") and path.suffix not in (".tmp", ".partial"):
                     assert validate(path, self.folder / "images" / "annotation.json").ok, "validate finds errors"
             except Exception as error:
                 self.faults.append(f"{kind}: {path} is not whole ({error})")
@@ -150,18 +159,32 @@ class Soak:
         if job.fresh_cache:
             shutil.rmtree(self.folder / "cache", ignore_errors=True)
         beside = [self.start(kind, other) for other in others]
-        killed = sum(self.killed(kind, out, *kill, again=index > 0) for index, kill in enumerate(job.kills))
-        self.counts["kills"][kind] += killed
-        self.counts["resumed"][kind] += killed > 0
+        for index, kill in enumerate(job.kills):
+            self.counts["kills"][kind] += self.killed(kind, out, *kill, again=index > 0)
+        promised, went_on = self.said(out, r"(\d+) of \d+ images are kept"), r"resuming after (\d+) of"
+        epochs = (self.folder / out / "out" / "last.pt").exists()
         for process, each in zip([self.start(kind, out, again=True), *beside], [out, *others], strict=True):
             self.finish(process, kind, each)
+            if each == out:
+                images = self.said(out, went_on)
+                self.counts["resumed"][kind] += images > 0 or epochs
+                if promised and images != promised:
+                    self.faults.append(f"{kind}: {promised} images were to be kept in {out}, and {images} were there")
             self.compare(kind, each)
 
-    def killed(self, kind: str, out: str, share: float, number: signal.Signals, *, again: bool) -> bool:
+    def said(self, out: str, pattern: str) -> int:
+        """The number that the last command in a folder named on stderr; 0 for none."""
+        match = re.search(pattern, (self.folder / out / "stderr").read_text())
+        return int(match[1]) if match else 0
+
+    def killed(self, kind: str, out: str, late: bool, share: float, number: signal.Signals, *, again: bool) -> bool:
         """Start a command and kill it; False where it was through before."""
         process = self.start(kind, out, again=again)
+        late = late and kind not in ("eval", "validate")  # which have no images
+        while late and process.poll() is None and not (self.folder / out / "began").exists():
+            time.sleep(0.01)
         try:
-            process.wait(timeout=share * self.seconds[kind])
+            process.wait(timeout=share * (IMAGES * SECONDS if late else self.seconds[kind]))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
         ended = process.wait()
@@ -177,6 +200,8 @@ class Soak:
         if differing:
             self.counts["differing bytes"][kind] += differing
             self.faults.append(f"{kind}: {differing} bytes of {path} differ")
+        if stale := [path.name for path in path.parent.glob("*.partial")]:
+            self.faults.append(f"{kind}: {', '.join(stale)} in {out} is left")
         if not self.faults:
             shutil.rmtree(self.folder / out)
 
@@ -197,10 +222,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    end, folder = time.monotonic() + 60 * options.minutes, Path(tempfile.mkdtemp(prefix="soak"))
-    soak, said = Soak(folder), time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="soak"))
+    soak = Soak(folder)
     for kind in KINDS:
         soak.undisturbed(kind)
+        print(f"{kind}: {soak.seconds[kind]:.1f} s undisturbed", flush=True)
+    said = time.monotonic()
+    end = said + 60 * options.minutes
     for job in plan(options.seed):
         soak.run(job)
         if time.monotonic() > end:

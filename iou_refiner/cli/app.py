@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Env
 from cyclopts.validators import Number
 
 from iou_refiner import __version__
@@ -23,10 +22,11 @@ from iou_refiner.cli.commands.doctor import doctor
 from iou_refiner.cli.commands.dump import dump
 from iou_refiner.cli.commands.eval import eval_
 from iou_refiner.cli.commands.info import info
+from iou_refiner.cli.commands.report import report
 from iou_refiner.cli.commands.rescore import rescore
 from iou_refiner.cli.commands.train import train
 from iou_refiner.cli.commands.validate import validate
-from iou_refiner.cli.configuration import read_config
+from iou_refiner.cli.configuration import read_config, whole_numbers
 from iou_refiner.cli.console import Console, UsageError
 from iou_refiner.cli.errors import of_the_system
 from iou_refiner.cli.exit_codes import INTERRUPTED, INVALID_DATA, MISSING_PACKAGE, OK, UNEXPECTED, USAGE
@@ -37,10 +37,11 @@ app = App(
     version=__version__,
     result_action="return_value",
 )
-for _command in (demo, doctor, validate, dump, train, rescore, eval_, info):
+for _command in (demo, doctor, validate, dump, train, rescore, eval_, report, info):
     app.command(_command, name=_command.__name__.strip("_"))
 # Given before or after the command, the same for all of them.
 _GLOBAL = "Global options"
+app.meta.config = [whole_numbers]
 
 
 @app.meta.default
@@ -65,7 +66,7 @@ def _run(
         options, sources = read_config(config, [name for name in app if not name.startswith("-")])
         console.device = device or options.get("device", "auto")
         console.seed = options.get("seed", 0) if seed is None else seed
-        app.config = [*sources, Env("IOU_REFINER_")]
+        app.config = sources
         with console.usage():  # settings check themselves
             command, bound, ignored = app.parse_args(tokens, exit_on_error=False, print_error=False)
         if "console" not in ignored:  # --help and --version

@@ -1,13 +1,17 @@
-"""The file that ``--config`` names: a section for each command, and the global options ``seed`` and ``device``."""
+"""Where options come from beside the command line: the file that ``--config`` names, and the environment.
+
+A file has a section for each command, and the global options ``seed`` and ``device``.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from cyclopts.config import Dict, Json, Toml, Yaml
+from cyclopts import App, ArgumentCollection, CoercionError
+from cyclopts.config import Dict, Env, Json, Toml, Yaml
 
 from iou_refiner.checks import MissingPackageError, did_you_mean
 from iou_refiner.cli.console import UsageError
@@ -16,7 +20,7 @@ _KINDS: dict[str, Any] = {".toml": Toml, ".yaml": Yaml, ".yml": Yaml, ".json": J
 
 
 def read_config(path: Path | None, commands: Iterable[str]) -> tuple[dict[str, Any], list[Any]]:
-    """The global options of a config file, and the source of the commands' options.
+    """The global options of a config file, and the sources of the commands' options, the first of which counts.
 
     Args:
         path: the file, or None.
@@ -26,8 +30,9 @@ def read_config(path: Path | None, commands: Iterable[str]) -> tuple[dict[str, A
         UsageError: the file is missing, cannot be read, or holds what is no option.
         MissingPackageError: it is YAML, which nothing here reads.
     """
+    others = [Env("IOU_REFINER_"), whole_numbers]
     if path is None:
-        return {}, []
+        return {}, others
     values = _load(path)
     known: dict[str, type] = {"seed": int, "device": str}
     for name in values:
@@ -42,7 +47,26 @@ def read_config(path: Path | None, commands: Iterable[str]) -> tuple[dict[str, A
         if isinstance(value, bool) or not isinstance(value, known[name]) or (isinstance(value, int) and value < 0):
             expected = "an integer of 0 or more" if name == "seed" else "a string such as 'cpu'"
             raise UsageError(f"--config {path}: {name} must be {expected}, got {value!r}.")
-    return options, [Dict(values, source=str(path))]
+    return options, [Dict(values, source=str(path)), *others]
+
+
+def whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """A source of no options that looks at those of all others: cyclopts would round 1.5 where an integer is due.
+
+    Raises:
+        CoercionError: a number with a decimal point stands where an integer is due.
+    """
+    for argument in arguments:
+        if {int, float} & _kinds(argument.hint) == {int}:
+            for token in argument.tokens:
+                if "." in token.value:
+                    raise CoercionError(f"expected a whole number, got {token.value}.", argument=argument, token=token)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a hint is made of: int and None of ``tuple[int, ...] | None``."""
+    inner = get_args(hint)
+    return {kind for part in inner for kind in _kinds(part)} if inner else {hint}
 
 
 def _load(path: Path) -> dict[str, Any]:

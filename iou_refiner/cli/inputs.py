@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def results_file(path: Path, overwrite: bool, *, inputs: Iterable[Path], detector: str) -> Path:
-    """The path of a results file to write, once it is sure that nothing is lost by writing it, nor its config."""
+    """The path of a results file to write, once it is sure that no file is lost by it or by what lies beside it."""
     inputs = [*inputs, *detector_files(detector)]
-    check_apart([path, path.with_name(path.name + ".config.json")], inputs)
+    check_apart([path, *(path.with_name(path.name + more) for more in (".config.json", ".partial"))], inputs)
     new_file(path, overwrite, inputs=inputs)
     if not path.name.endswith((".json", ".json.gz")):
         raise UsageError(f"The output {path} must end in .json or .json.gz, as COCO results do. Name such a file.")

@@ -31,12 +31,6 @@ NoCheck = Annotated[
 Quiet = Annotated[Console, Parameter(parse=False)]
 
 
-def after_interrupt(output: Path, cache: Path | None) -> str:
-    """What is left of a command that writes ``output`` as it goes, if it is interrupted."""
-    features = f" The features of the images done are kept in {cache}." if cache else ""
-    return f"{output} was not written.{features or ' Nothing is kept; with --cache, features would be.'}"
-
-
 def optional(settings: type) -> Any:
     """A dataclass of the same fields, each of which may be left out (None): options that only override.
 

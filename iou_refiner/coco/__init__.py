@@ -9,5 +9,4 @@ from iou_refiner.coco.data import xyxy_to_xywh as xyxy_to_xywh
 from iou_refiner.coco.ground_truth import read_ground_truth as read_ground_truth
 from iou_refiner.coco.ground_truth import read_images as read_images
 from iou_refiner.coco.read import read_results as read_results
-from iou_refiner.coco.write import write_parts as write_parts
 from iou_refiner.coco.write import write_results as write_results

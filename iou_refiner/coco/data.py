@@ -7,7 +7,7 @@ the only place of the package where they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any
 
@@ -204,6 +204,15 @@ class GroundTruth:
         """The rows of every image, in file order; an image without annotations has an empty array."""
         rows = group_rows(self.image_id)
         return {image.id: rows.get(image.id, np.empty(0, np.int64)) for image in self.images}
+
+    def only(self, images: Iterable[int]) -> GroundTruth:
+        """The same of some images, by id; their order stays."""
+        wanted = set(images)
+        rows = np.isin(self.image_id, list(wanted))
+        columns = {
+            name: getattr(self, name)[rows] for name in ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        }
+        return replace(self, images=tuple(image for image in self.images if image.id in wanted), **columns)
 
     def to_coco_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The dict that pycocotools indexes, all of it fresh, as pycocotools writes into what it is given.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -10,11 +13,13 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from iou_refiner.coco.data import GroundTruth, GroundTruthFile, ImagesFile, IntArray
+from iou_refiner.checks import shown
+from iou_refiner.coco.data import Annotation, GroundTruth, GroundTruthFile, ImagesFile, IntArray
 from iou_refiner.coco.opening import CURES, WINDOW, FormatError, check_head, opened
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
+_AT_ONCE = 1 << 12  # entries looked at together
 _MOST_BYTES = 8 << 30  # of a file that is read as a whole; the largest public ones have 3 GB
 
 
@@ -22,9 +27,52 @@ def read_object(path: Path, kind: type[T]) -> T:
     """The one JSON object of a ground truth file, as the msgspec type ``kind``; raises for the first fault found."""
     data = read_whole(path)
     try:
-        return msgspec.json.decode(data, type=kind)
+        value = msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise object_error(path, data, error) from error
+    for section, entry, key in keys_twice(data, [field.name for field in msgspec.structs.fields(kind)]):
+        where = f"{section}, entry {entry:,} counting from 1" if section else "the file's own keys"
+        raise FormatError("E104", f"{path}: {where}: '{shown(key, 40)}' stands more than once. {CURES['E104']}")
+    return value
+
+
+def keys_twice(data: bytes, sections: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    """The keys that stand more than once in an object, of which every reader takes another one.
+
+    Args:
+        data: a JSON object that decodes.
+        sections: those of its keys that hold lists of objects to look at.
+
+    Yields:
+        Section, entry counting from 1, key; ("", 0, key) for the keys of ``data`` itself.
+    """
+    root = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    if _may_repeat(data, root):
+        yield from (("", 0, key) for key in _repeated(data))
+    for section in sections:
+        entries = msgspec.json.decode(root[section], type=list[msgspec.Raw]) if section in root else []
+        for start in range(0, len(entries), _AT_ONCE):
+            some = [bytes(entry) for entry in entries[start : start + _AT_ONCE]]
+            text = b"[" + b",".join(some) + b"]"
+            if _may_repeat(text, msgspec.json.decode(text, type=list[dict[str, msgspec.Raw]])):
+                for number, entry in enumerate(some, start + 1):
+                    yield from ((section, number, key) for key in _repeated(entry))
+
+
+def _may_repeat(text: bytes, decoded: object) -> bool:
+    """Whether JSON text has other quotes than what was decoded of it, as where a key stands twice."""
+    return b"u0022" in text or text.count(b'"') != msgspec.json.encode(decoded).count(b'"')
+
+
+def _repeated(text: bytes) -> list[str]:
+    """The keys that stand more than once in the object itself."""
+    outermost: list[str] = []
+
+    def pairs(items: list[tuple[str, object]]) -> None:
+        outermost[:] = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
+
+    json.loads(text, object_pairs_hook=pairs)  # which calls it for the outermost object last
+    return outermost
 
 
 def read_whole(path: Path) -> bytes:
@@ -89,6 +137,22 @@ def read_ground_truth_file(path: str | Path) -> GroundTruthFile:
         FormatError: the first fault found, naming file, entry and cure.
     """
     return read_object(Path(path), GroundTruthFile)
+
+
+def read_annotation_or_images(path: str | Path) -> tuple[GroundTruthFile, bool]:
+    """The same for a file that may have no annotations, and whether it has them.
+
+    Raises:
+        FormatError: as :func:`read_ground_truth_file`.
+    """
+    file = read_object(Path(path), _ImagesOrMore)
+    if isinstance(file.annotations, msgspec.UnsetType):
+        return GroundTruthFile(file.images, [], file.categories), False
+    return GroundTruthFile(file.images, file.annotations, file.categories), True
+
+
+class _ImagesOrMore(ImagesFile):
+    annotations: list[Annotation] | msgspec.UnsetType = msgspec.UNSET
 
 
 def read_ground_truth(path: str | Path) -> GroundTruth:

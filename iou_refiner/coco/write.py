@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -45,8 +45,7 @@ def write_results(
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     path = Path(path)
-    for name, values in (("bbox", results.bbox), ("score", results.score), ("iou", results.iou)):
-        _check_finite(path, results, name, values)
+    _check_numbers(path, results)
     order = _writing_order(results, image_order)
     with stream_to(path) as stream:
         stream.write(b"[\n")
@@ -56,33 +55,25 @@ def write_results(
         stream.write(b"\n]\n")
 
 
-def write_parts(path: str | Path, parts: Iterable[Results], *, box_decimals: int = 2, score_decimals: int = 6) -> int:
-    """Write detections as they come: the bytes of :func:`write_results`, with one part in memory at a time.
+def encode_records(results: Results, path: Path, *, box_decimals: int = 2, score_decimals: int = 6) -> bytes:
+    """The records of one image as they stand in a file, one a line by falling score; nothing for no records.
 
     Args:
-        path, box_decimals, score_decimals: as for :func:`write_results`.
-        parts: the records of one image each; either all have ``iou`` or none.
-
-    Returns:
-        How many records the file holds.
+        results: records of one image.
+        path: of the file they are for, for the message.
+        box_decimals, score_decimals: as for :func:`write_results`.
 
     Raises:
-        DataError: a number is not finite; the file that was there before stays.
-        FileNotFoundError: the folder of ``path`` does not exist.
+        DataError: a number is not finite.
     """
-    path, count = Path(path), 0
-    with stream_to(path) as stream:
-        stream.write(b"[\n")
-        for part in parts:
-            for name, values in (("bbox", part.bbox), ("score", part.score), ("iou", part.iou)):
-                _check_finite(path, part, name, values)
-            if len(part):
-                ordered = part[np.argsort(-part.score, kind="stable")]
-                records = _to_dicts(ordered, box_decimals, score_decimals)
-                stream.write((b",\n" if count else b"") + b",\n".join(map(msgspec.json.encode, records)))
-            count += len(part)
-        stream.write(b"\n]\n")
-    return count
+    _check_numbers(path, results)
+    ordered = results[np.argsort(-results.score, kind="stable")]
+    return b",\n".join(map(msgspec.json.encode, _to_dicts(ordered, box_decimals, score_decimals)))
+
+
+def _check_numbers(path: Path, results: Results) -> None:
+    for name, values in (("bbox", results.bbox), ("score", results.score), ("iou", results.iou)):
+        _check_finite(path, results, name, values)
 
 
 def _check_finite(path: Path, results: Results, name: str, values: FloatArray | None) -> None:

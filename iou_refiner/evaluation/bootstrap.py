@@ -8,7 +8,7 @@ envelope are needed at the hits alone, of which there are at most as many as obj
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from iou_refiner.coco.data import FloatArray, IntArray
 from iou_refiner.evaluation.ap import METRICS, Evaluation, check, match, metrics, or_none, plain, points, summary
 
 MOST_RESAMPLES = 100_000  # from a few thousand on, the ends of an interval move by less than they show
+_THRESHOLDS = 10
 _RECALLS = np.linspace(0, 1, 101)
 # Weights gathered at once (resamples x detections): 16 MB, enough to be fast and little enough to stay near the cache.
 _CHUNK = 2_000_000
@@ -106,9 +107,20 @@ def compare(
         evaluator = match(results, ground_truth, max_dets)
         sides.append(summary(evaluator, len(results)))
         # Drawn anew for each side, from one seed: the same images for both.
-        draws.append(weighted_metrics(curves(evaluator), resample(sides[-1].images, resamples, seed)))
+        draws.append(resampled_metrics(curves(evaluator), sides[-1].images, resamples, seed))
     intervals = {name: interval(draws[1][name] - draws[0][name]) for name in METRICS}
     return Comparison(sides[0], sides[1], intervals, resamples, seed)
+
+
+def resampled_metrics(
+    curves: Sequence[Sequence[Curve]], images: int, resamples: int, seed: int
+) -> dict[str, FloatArray]:
+    """Every metric (resamples,) under random draws of the images: :func:`weighted_metrics` of :func:`resample`, with
+    no more than some of the draws in memory."""
+    values = sum(len(row) * _THRESHOLDS for row in curves)  # that one draw comes to
+    at_once = max(1, _CHUNK // max(images, values, 1))
+    parts = [weighted_metrics(curves, part) for part in _resample_in_parts(images, resamples, seed, at_once)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +212,7 @@ def weighted_metrics(curves: Sequence[Sequence[Curve]], weights: IntArray) -> di
         (B,) per name of :data:`iou_refiner.evaluation.ap.METRICS`. With all multiplicities 1 these are the numbers of
         pycocotools; in general those of a data set with repeated images, but for the order of equal scores within one.
     """
-    areas, thresholds = len(curves[0]) if curves else 4, 10
+    areas, thresholds = len(curves[0]) if curves else 4, _THRESHOLDS
     precision = np.full((len(weights), len(curves), areas, thresholds), np.nan)
     recall = np.full((len(weights), len(curves), thresholds), np.nan)
     for k, row in enumerate(curves):
@@ -216,11 +228,17 @@ def weighted_metrics(curves: Sequence[Sequence[Curve]], weights: IntArray) -> di
 
 def resample(images: int, resamples: int, seed: int) -> IntArray:
     """Image multiplicities (resamples, images) of drawing ``images`` images with replacement, again and again."""
+    return next(_resample_in_parts(images, resamples, seed, max(resamples, 1)))
+
+
+def _resample_in_parts(images: int, resamples: int, seed: int, at_once: int) -> Iterator[IntArray]:
+    """The same, at most ``at_once`` rows at a time, and at least one array."""
     generator = np.random.default_rng(seed)
-    weights = np.zeros((resamples, images), np.int64)
-    for row in weights:
-        row += np.bincount(generator.integers(max(images, 1), size=images), minlength=images)
-    return weights
+    for start in range(0, max(resamples, 1), at_once):
+        weights = np.zeros((min(at_once, resamples - start), images), np.int64)
+        for row in weights:
+            row += np.bincount(generator.integers(max(images, 1), size=images), minlength=images)
+        yield weights
 
 
 def interval(differences: FloatArray, coverage: float = 0.95) -> tuple[float, float]:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from iou_refiner.coco import xyxy_to_xywh
-from iou_refiner.coco.ground_truth import read_whole
+from iou_refiner.coco.ground_truth import keys_twice, object_error, read_whole
 from iou_refiner.coco.opening import CURES, FormatError
 from iou_refiner.coco.write import stream_to
 from iou_refiner.validation.box_formats import look_xyxy
@@ -41,8 +42,7 @@ def repair_annotation(path: Path, output: Path) -> list[Repair]:
         FormatError: the file is not one JSON object, a key stands twice with different values, or a number that is not
             finite stands where it cannot be dropped. Nothing is written then.
     """
-    document = _document(path)
-    repairs: list[Repair] = []
+    document, repairs = _document(path)
     for section, keys in _WHOLE.items():
         for number, entry in _entries(document, section):
             for key in keys:
@@ -63,9 +63,11 @@ def repair_annotation(path: Path, output: Path) -> list[Repair]:
     return repairs
 
 
-def _document(path: Path) -> Entry:
+def _document(path: Path) -> tuple[Entry, list[Repair]]:
+    """What a file holds, and the keys in it that stood twice with one value."""
+    data = read_whole(path)
     try:
-        document, repeated, differing = parse(read_whole(path))
+        document, repeated, differing = parse(data)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -73,7 +75,12 @@ def _document(path: Path) -> Entry:
     twice = differing or [key for key in repeated if key in _WHOLE]
     if twice:
         raise FormatError("E104", f"{path}: the key '{twice[0]}' stands twice. {CURES['E104']} Nothing is written.")
-    return dict(document)
+    try:
+        places = list(keys_twice(data, _WHOLE)) if repeated else []
+    except msgspec.MsgspecError as error:
+        raise object_error(path, data, error) from error
+    kind = "a key twice with one value, once dropped"
+    return dict(document), [Repair(kind, entry, None, f"{section}: key '{key}'") for section, entry, key in places]
 
 
 def _entries(document: Entry, section: str) -> list[tuple[int, Entry]]:

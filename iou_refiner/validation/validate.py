@@ -14,7 +14,7 @@ import numpy as np
 
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.coco.ground_truth import read_ground_truth_file, to_ground_truth
+from iou_refiner.coco.ground_truth import read_annotation_or_images, to_ground_truth
 from iou_refiner.coco.opening import CURES, FormatError, Problem
 from iou_refiner.coco.read import Chunk, iter_results, join_chunks
 from iou_refiner.validation.annotation_checks import IMAGE_CHECKS, OBJECT_CHECKS, Annotated, check_as_written
@@ -143,11 +143,18 @@ def _read(path: Path, problems: _Problems) -> tuple[list[Chunk], Counter[str]]:
 
 def _read_truth(path: Path, max_examples: int) -> tuple[GroundTruth | None, list[Finding]]:
     try:
-        file = read_ground_truth_file(path)
+        file, has_annotations = read_annotation_or_images(path)
         truth = to_ground_truth(file, path, any_crowd=True)
     except FormatError as error:
         return None, [Finding(error.code, "error", 1, str(error))]
     annotated = Annotated(truth, path, max_examples)
+    if not has_annotations:
+        message = (
+            f"{path}: has no annotations, as COCO's image_info_*.json. dump and rescore take such a list of images; "
+            "eval and train refuse it. Name the annotation for those."
+        )
+        findings = [finding for check in IMAGE_CHECKS for finding in check(annotated)]
+        return truth, [*findings, Finding("W412", "warning", 1, message)]
     findings = [finding for check in (*IMAGE_CHECKS, *OBJECT_CHECKS) for finding in check(annotated)]
     return truth, [*findings, *check_as_written(file, annotated)]
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from iou_refiner import cli
 
 Rows = list[dict[str, Any]]
 Truth = dict[str, Any]
 Call = Callable[..., tuple[int, str, str]]
+SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 SIZES = {3: (640, 480), 7: (500, 375), 8: (333, 500), 20: (640, 427), 21: (480, 640), 40: (320, 240)}
 SIZES |= {image + 100: (width, height + 8) for image, (width, height) in SIZES.items()}
@@ -55,6 +57,32 @@ def right_rows() -> Rows:
             rows.append({k: annotation[k] for k in ("image_id", "category_id")} | {"bbox": box, "score": score})
     rows[5]["score"] = 0.00123
     return rows
+
+
+def every(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Any], None]:
+    """The same done to every record of results, or to every annotation."""
+
+    def apply(content: Any) -> None:
+        for row in content if isinstance(content, list) else content["annotations"]:
+            row.update(change(row))
+
+    return apply
+
+
+def boxes(change: Callable[[np.ndarray], Any]) -> Callable[[Any], None]:
+    """The same done to every box."""
+    return every(lambda row: {"bbox": np.round(change(np.array(row["bbox"])), 3).tolist()})
+
+
+def whole(change: Callable[[bytes], bytes]) -> Callable[[Any], bytes]:
+    """Something done to the bytes of the file."""
+    return lambda content: change(json.dumps(content).encode())
+
+
+def changed(right: Any, change: Callable[[Any], Any]) -> Any:
+    """A right file after a change, which changes it in place or gives another content."""
+    content = change(right)
+    return content if isinstance(content, (bytes, str)) else right
 
 
 def put(path: Path, content: Any) -> Path:

@@ -11,23 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from iou_refiner.checks import DataError
 from iou_refiner.coco import opening, read_ground_truth, read_images
-from tests.hostile.files import Call, Truth, caller, put, right_rows, right_truth
-
-SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    monkeypatch.chdir(tmp_path)
-    put(tmp_path / "d.json", right_rows())
-    return caller(capsys)
+from tests.hostile.files import (
+    SETTINGS,
+    Call,
+    Truth,
+    boxes,
+    caller,
+    changed,
+    every,
+    put,
+    right_rows,
+    right_truth,
+    whole,
+)
 
 
 def annotation(**change: Any) -> Callable[[Truth], Any]:
@@ -42,18 +44,6 @@ def lacking(section: str, key: str) -> Callable[[Truth], Any]:
     return lambda truth: [truth[section][1].pop(key)]
 
 
-def all_annotations(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Truth], None]:
-    def apply(truth: Truth) -> None:
-        for row in truth["annotations"]:
-            row.update(change(row))
-
-    return apply
-
-
-def boxes(change: Callable[[np.ndarray], Any]) -> Callable[[Truth], None]:
-    return all_annotations(lambda row: {"bbox": np.round(change(np.array(row["bbox"])), 3).tolist()})
-
-
 def text(old: str, new: str) -> Callable[[Truth], str]:
     def apply(truth: Truth) -> str:
         before = json.dumps(truth)
@@ -61,10 +51,6 @@ def text(old: str, new: str) -> Callable[[Truth], str]:
         return before.replace(old, new, 1)
 
     return apply
-
-
-def whole(change: Callable[[bytes], bytes]) -> Callable[[Truth], bytes]:
-    return lambda truth: change(json.dumps(truth).encode())
 
 
 def twice(section: str) -> Callable[[Truth], Any]:
@@ -89,7 +75,6 @@ ERRORS: dict[str, tuple[Callable[[Truth], Any], str, tuple[str, ...]]] = {
     "Infinity": (annotation(bbox=[1, 1, math.inf, 2]), "E103", ("Infinity",)),
     # keys and types
     "empty object": (lambda _: b"{}", "E201", ("misses the key 'images'",)),
-    "no annotations": (lambda t: t.pop("annotations"), "E201", ("'annotations'", "image_info", "dump and rescore")),
     "no categories": (lambda t: t.pop("categories"), "E201", ("misses the key 'categories'",)),
     "no images": (lambda t: t.pop("images"), "E201", ("misses the key 'images'",)),
     "annotations null": (lambda t: t.update(annotations=None), "E202", ("annotations", "null")),
@@ -113,6 +98,20 @@ ERRORS: dict[str, tuple[Callable[[Truth], Any], str, tuple[str, ...]]] = {
     "width of 400 digits": (image(width=10**400), "E202", ("images, entry 3",)),
     "1e999 area": (text('"area": ', '"area": 1e999, "was": '), "E204", ("entry 1", "No float holds", "drop the entry")),
     "1e999 box": (text('"bbox": [', '"bbox": [1e999, 1, 2, 3], "was": ['), "E204", ("entry 1", "No float holds")),
+    # keys twice
+    "own key twice": (text('"images": [', '"images": [], "images": ['), "E104", ("the file's own keys", "'images'")),
+    "box twice": (text('"bbox": [', '"bbox": [1, 1, 2, 2], "bbox": ['), "E104", ("annotations, entry 1", "'bbox'")),
+    "crowd twice": (text('"iscrowd": 0', '"iscrowd": 0, "iscrowd": 0'), "E104", ("entry 1 counting", "each key once")),
+    "last id twice": (
+        lambda t: '"id": 72, "id": 7'.join(json.dumps(t).rsplit('"id": 72', 1)), "E104", ("entry 72", "'id' stands")
+    ),
+    "id twice, escaped": (text('"bbox"', r'"image\u005fid": 3, "bbox"'), "E104", ("entry 1", "'image_id' stands")),
+    "key with quotes twice": (
+        text('"bbox"', r'"\u0022": 1, "\"": 1, "bbox"'), "E104", ("annotations, entry 1", "more than once")
+    ),
+    "own key twice in it": (text('"bbox"', '"x": {"a": "b"}, "x": [], "bbox"'), "E104", ("entry 1", "'x' stands")),
+    "size twice": (text('"width"', '"width": 9, "width"'), "E104", ("images, entry 1", "'width'")),
+    "name twice": (text('"name"', '"name": "dog", "name"'), "E104", ("categories, entry 1", "'name'")),
     # what it says
     "unlisted image": (annotation(image_id=999), "E301", ("entry 8", "image 999 is not listed", "List it")),
     "unlisted category": (annotation(category_id=77), "E302", ("entry 8", "category 77 is not listed")),
@@ -147,18 +146,12 @@ WARNINGS: dict[str, tuple[Callable[[Truth], Any], str, tuple[str, ...]]] = {
     "beyond its edge": (annotation(bbox=[400, 5, 600, 9], area=5400), "W404", ("annotation 8", "Clip them")),
     "area 0": (annotation(area=0), "W408", ("annotation 8", "area 0")),
     "area too large": (annotation(area=1e6), "W408", ("annotation 8", "area 1e+06")),
-    "all crowd": (all_annotations(lambda row: {"iscrowd": 1}), "W409", ("every annotation is a crowd", "measured")),
+    "all crowd": (every(lambda row: {"iscrowd": 1}), "W409", ("every annotation is a crowd", "measured")),
     "no objects": (lambda t: t.update(annotations=[]), "W409", ("there is no annotation", "AP cannot be measured")),
     "duplicates": (lambda t: t["annotations"].append({**t["annotations"][3], "id": 999}), "W411",
                    ("annotation 999 (entry 73", "exact duplicates")),
     "ignore": (annotation(ignore=1), "W240", ("annotation 8", "Set iscrowd to 1")),
 }  # fmt: skip
-
-
-def changed(change: Callable[[Truth], Any]) -> Any:
-    truth = right_truth()
-    content = change(truth)
-    return content if isinstance(content, (bytes, str)) else truth
 
 
 def test_a_right_annotation_passes_with_and_without_results(call: Call) -> None:
@@ -173,7 +166,7 @@ def test_a_right_annotation_passes_with_and_without_results(call: Call) -> None:
 @pytest.mark.parametrize("name", ERRORS)
 def test_what_is_wrong_ends_with_3_and_is_named_by_all(call: Call, name: str) -> None:
     change, code, words = ERRORS[name]
-    put(Path("a.json"), changed(change))
+    put(Path("a.json"), changed(right_truth(), change))
     for command in (("validate", "d.json", "--ann", "a.json"), ("validate", "--ann", "a.json")):
         status, out, _ = call(*command)
         assert status == 3
@@ -189,7 +182,7 @@ def test_what_is_wrong_ends_with_3_and_is_named_by_all(call: Call, name: str) ->
 @pytest.mark.parametrize("name", WARNINGS)
 def test_what_is_odd_is_named_and_measured(call: Call, name: str) -> None:
     change, code, words = WARNINGS[name]
-    put(Path("a.json"), changed(change))
+    put(Path("a.json"), changed(right_truth(), change))
     status, out, _ = call("validate", "--ann", "a.json")
     assert status == 0
     assert f"{code} warning" in out
@@ -200,9 +193,47 @@ def test_what_is_odd_is_named_and_measured(call: Call, name: str) -> None:
     json.loads(out, parse_constant=pytest.fail)
 
 
+@pytest.mark.parametrize("more", [{}, {"info": {"annotations": "none"}}])
+def test_a_list_of_images_is_one_for_validate_and_none_for_eval(call: Call, more: Truth) -> None:
+    truth = {key: value for key, value in right_truth().items() if key != "annotations"} | more
+    put(Path("images.json"), truth)
+    for command in (("validate", "--ann", "images.json"), ("validate", "d.json", "--ann", "images.json")):
+        status, out, _ = call(*command)
+        assert status == 0
+        assert "W412 warning" in out
+        assert "dump and rescore take such a list of images; eval and train refuse it" in out
+    status, out, err = call("eval", "d.json", "--ann", "images.json")
+    assert (status, out) == (3, "")
+    assert "misses the key 'annotations'" in err
+    assert "do for dump and rescore" in err
+    truth["images"].append(truth["images"][0])
+    put(Path("images.json"), truth)
+    assert "image ids must be unique" in call("validate", "--ann", "images.json")[1]
+
+
+def test_keys_that_look_repeated_and_are_not(call: Call) -> None:
+    truth = right_truth()
+    truth["annotations"][0] |= {"a": {"id": 1, "b": [{"id": 2}]}, '"': 1, "id ": 3, "note": 'says "id": 5, "id": 6'}
+    truth["images"][0]['q"x'] = 1
+    for content in (truth, json.dumps(truth).replace(r'"\""', r'"\u0022"')):
+        put(Path("a.json"), content)
+        status, out, _ = call("validate", "--ann", "a.json", "--json")
+        assert (status, json.loads(out)["findings"]) == (0, [])
+
+
+def test_a_key_twice_with_one_value_is_dropped_once_and_named(call: Call) -> None:
+    put(Path("a.json"), text('"iscrowd": 0', '"iscrowd": 0, "iscrowd": 0')(right_truth()))
+    status, out, _ = call("validate", "--ann", "a.json", "--fix", "fixed.json", "--json")
+    assert status == 0
+    (repair,) = json.loads(out)["repairs"]
+    assert (repair["kind"], repair["record"]) == ("a key twice with one value, once dropped", 1)
+    assert "'iscrowd'" in repair["reason"]
+    assert json.loads(Path("fixed.json").read_bytes()) == right_truth()
+
+
 @pytest.mark.parametrize("name", ["corners", "normalised", "area -5", "area 1e300", "outside", "width 0", "width 1e9"])
 def test_what_can_be_measured_is_measured_without_the_check(call: Call, name: str) -> None:
-    put(Path("a.json"), changed(ERRORS[name][0]))
+    put(Path("a.json"), changed(right_truth(), ERRORS[name][0]))
     assert "--no-check" in call("eval", "d.json", "--ann", "a.json")[2]
     status, out, _ = call("eval", "d.json", "--ann", "a.json", "--no-check", "--json")
     assert status == 0
@@ -227,7 +258,7 @@ class TestImagesAlone:
     def test_images_and_categories_are_checked_all_the_same(self, call: Call, name: str) -> None:
         change, _, words = ERRORS[name]
         with pytest.raises(DataError, match=re.escape(words[0])):
-            read_images(put(Path("a.json"), changed(change)))
+            read_images(put(Path("a.json"), changed(right_truth(), change)))
 
 
 def test_what_unpacks_beyond_bounds_stops_there(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +284,7 @@ REPAIRS: dict[str, tuple[Callable[[Truth], Any], int, dict[str, int], int]] = {
     "nothing": (lambda truth: None, 0, {}, 72),
     "float width": (image(width=333.0), 0, {"whole numbers written as 1.0": 1}, 72),
     "float ids": (
-        all_annotations(lambda r: {k: float(r[k]) for k in ("id", "image_id", "category_id", "iscrowd")}),
+        every(lambda r: {k: float(r[k]) for k in ("id", "image_id", "category_id", "iscrowd")}),
         0, {"whole numbers written as 1.0": 288}, 72,
     ),
     "float ids of images": (
@@ -283,7 +314,7 @@ REPAIRS: dict[str, tuple[Callable[[Truth], Any], int, dict[str, int], int]] = {
 @pytest.mark.parametrize("name", REPAIRS)
 def test_fix_repairs_what_is_sure_and_names_it(call: Call, name: str) -> None:
     change, expected, kinds, left = REPAIRS[name]
-    put(Path("a.json"), changed(change))
+    put(Path("a.json"), changed(right_truth(), change))
     before = Path("a.json").read_bytes()
     status, out, _ = call("validate", "--ann", "a.json", "--fix", "fixed.json", "--json")
     report = json.loads(out)
@@ -301,7 +332,7 @@ def test_fix_repairs_what_is_sure_and_names_it(call: Call, name: str) -> None:
     [("empty", "empty"), ("list", "expected an object"), ("cut", "whole JSON"), ("NaN elsewhere", "not finite")],
 )
 def test_what_is_no_annotation_is_not_repaired(call: Call, name: str, message: str) -> None:
-    put(Path("a.json"), changed(ERRORS[name][0]))
+    put(Path("a.json"), changed(right_truth(), ERRORS[name][0]))
     status, _, err = call("validate", "--ann", "a.json", "--fix", "fixed.json")
     assert status == 3
     assert message in err
@@ -369,8 +400,9 @@ def test_what_validate_calls_an_error_is_never_measured(
     status, out, _ = call("validate", path, "--ann", truth, "--json")
     assert status in (0, 3)
     json.loads(out, parse_constant=pytest.fail)
+    listed = any(finding["code"] == "W412" for finding in json.loads(out)["findings"])
     measured, out, _ = call("eval", path, "--ann", truth, "--json")
-    assert measured == status
+    assert measured == (3 if listed else status)
     json.loads(out, parse_constant=pytest.fail)
     alone, out, _ = call("validate", "--ann", truth, "--json")
     assert alone in (0, status)

@@ -237,8 +237,8 @@ def test_training_and_validation_that_number_alike_keep_apart(tmp_path: Path):
     data = [(read_ground_truth(p), p.parent) for p in (path, val_path)]
     said: list[str] = []
     run = {"config": CONFIG, "settings": replace(SETTINGS, views=1, epochs=1), "note": said.append}
-    train(detector, *data, output_dir=tmp_path / "run", **run)
-    cache = FeatureCache(tmp_path / "run" / "cache", detector)
+    cache = FeatureCache(tmp_path / "cache", detector)
+    train(detector, *data, output_dir=tmp_path / "run", cache=cache.folder, **run)
     assert len(list(cache.folder.glob("*.safetensors"))) == 12
     for truth, folder in data:
         assert cache.of(folder).missing(truth.images) == []

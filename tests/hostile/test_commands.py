@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,6 +95,10 @@ def interrupted():
     made = detector()
     made.__class__ = Interrupted
     return made
+
+def interrupted_at_once():
+    Path("seen").touch()
+    return interrupted()
 
 def unknown_ids():
     made = detector()
@@ -344,9 +349,10 @@ WITH_THE_DETECTOR: list[tuple[list[str], int, str]] = [
     (changed(DUMP, detector="mine.py:unknown_ids"), 3, "share no category"),
     ([*changed(TRAIN, o="damaged"), "--resume"], 3, "last.pt is damaged"),
     ([*changed(TRAIN, o="pickled"), "--resume"], 3, "last.pt is damaged"),
-    (changed(DUMP, detector="mine.py:interrupted"), 130, "out.json was not written. Nothing is kept"),
+    (changed(DUMP, detector="mine.py:interrupted_at_once"), 130, "out.json was not written, and nothing is kept."),
+    (changed(DUMP, detector="mine.py:interrupted"), 130, "1 of 4 images are kept in out.json.partial. The same"),
     ([*changed(DUMP, detector="mine.py:interrupted"), "--cache", "c"], 130, "the images done are kept in c"),
-    (changed(RESCORE, detector="mine.py:interrupted"), 130, "out.json was not written. Nothing is kept"),
+    (changed(RESCORE, detector="mine.py:interrupted"), 130, "1 of 4 images are kept in out.json.partial. The same"),
     (changed(TRAIN, detector="mine.py:interrupted"), 130, "--resume goes on there"),
 ]  # fmt: skip
 
@@ -361,7 +367,9 @@ def test_it_is_refused_with_the_reason(home, capsys, words, status, message):
         assert (code, "share no category" in err) in ((0, False), (3, False)), err
         return
     assert (code, message in err) == (status, True), err
-    assert not list(home.glob("out*"))
+    later = any(word in ("mine.py:interrupted", "mine.py:leaves_later") for word in words) and words[0] != "train"
+    assert [path.name for path in home.glob("out*")] == ["out.json.partial"] * later
+    assert ("images are kept in out.json.partial" in err) == later  # as it says
     assert not list(home.glob("*.tmp"))
     assert not (home / "ran").exists()
     if "--cache" in words:
@@ -389,7 +397,8 @@ def test_a_disk_that_is_full_or_read_only_is_said_with_the_cure(home, capsys, mo
             code, _, err = run(capsys, *words)
             assert (code, cure in err) == (3, True), err
             assert not list(home.rglob("*.tmp"))
-        assert not list(home.glob("out*"))
+        assert [path.name for path in home.glob("out*")] == ["out.json.partial"]
+        assert ("4 of 4 images are kept in out.json.partial" in err) == (words is not TRAIN)
 
 
 def test_a_hard_link_to_an_input_is_an_input(home, capsys):
@@ -418,7 +427,7 @@ def test_json_is_alone_on_stdout_whatever_a_detector_prints(home, command):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_keeps_what_it_says(home):
+def test_ctrl_c_keeps_what_it_says(home, capsys):
     # A run in the background of a shell ignores Ctrl-C, and so would what it starts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
@@ -432,9 +441,14 @@ def test_ctrl_c_keeps_what_it_says(home):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "Interrupted. out.json was not written. Nothing is kept" in err
     assert "Traceback" not in err
-    assert not list(home.glob("out*"))
+    said = re.search(r"Interrupted\. out\.json was not written; (\d) of 4 images are kept in out\.json\.partial\.", err)
+    if said is None:  # before the first image was through
+        assert "Interrupted. out.json was not written, and nothing is kept." in err
+        assert not list(home.glob("out*"))
+    else:
+        code, _, err = run(capsys, *changed(DUMP, detector="mine.py:slow"))
+        assert (code, f"resuming after {said[1]} of 4 images" in err) == (0, True), err
 
 
 def test_nothing_in_gives_nothing_out(home, capsys):

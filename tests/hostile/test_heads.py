@@ -196,7 +196,7 @@ def test_a_damaged_head_is_refused_by_name(tmp_path, capsys, name, change, messa
     assert not Path("ran").exists()
 
 
-TEXTS = ["{", "[]", "null", "3", '"x"', "[" * 5000, '{"format": NaN}', "\x00", '{"format": "iou-refiner head 5"}']
+TEXTS = ["{", "[]", "null", "3", '"x"', "[" * 5000, '{"format": NaN}', "\x00", '{"format": "iou-refiner head 6"}']
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=[text[:8] for text in TEXTS])
@@ -269,4 +269,4 @@ def test_any_byte_changed_is_refused_or_changes_nothing_that_counts(tmp_path, da
     before = load_head(put(tmp_path / "right.safetensors", *parts()))
     for name, tensor in before.state_dict().items():
         assert torch.equal(head.state_dict()[name], tensor)
-    assert describe_head(path)["format"] == "iou-refiner head 5"
+    assert describe_head(path)["format"] == "iou-refiner head 6"

@@ -14,40 +14,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from iou_refiner.coco import opening, read_results, write_results
-from tests.hostile.files import SIZES, Call, Rows, caller, put, right_rows, right_truth
-
-SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    monkeypatch.chdir(tmp_path)
-    put(tmp_path / "a.json", right_truth())
-    return caller(capsys)
+from tests.hostile.files import (
+    SETTINGS,
+    SIZES,
+    Call,
+    Rows,
+    boxes,
+    caller,
+    changed,
+    every,
+    put,
+    right_rows,
+    right_truth,
+    whole,
+)
 
 
 def one(**change: Any) -> Callable[[Rows], Any]:
     return lambda rows: rows[17].update(change)
 
 
-def every(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Rows], None]:
-    def apply(rows: Rows) -> None:
-        for row in rows:
-            row.update(change(row))
-
-    return apply
-
-
 def lacking(key: str) -> Callable[[Rows], Any]:
     return lambda rows: rows[17].pop(key)
-
-
-def boxes(change: Callable[[np.ndarray], Any]) -> Callable[[Rows], None]:
-    return every(lambda row: {"bbox": np.round(change(np.array(row["bbox"])), 3).tolist()})
 
 
 def text(pattern: str, by: str) -> Callable[[Rows], bytes]:
@@ -60,10 +52,6 @@ def text(pattern: str, by: str) -> Callable[[Rows], bytes]:
         return ("[" + ",\n".join(lines) + "]").encode()
 
     return apply
-
-
-def whole(change: Callable[[bytes], bytes]) -> Callable[[Rows], bytes]:
-    return lambda rows: change(json.dumps(rows).encode())
 
 
 # What is done to right results -> code of the finding, and what both commands name.
@@ -149,12 +137,6 @@ ERRORS: dict[str, tuple[Callable[[Rows], Any], str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def changed(change: Callable[[Rows], Any]) -> Any:
-    rows = right_rows()
-    content = change(rows)
-    return content if isinstance(content, (bytes, str)) else rows
-
-
 def test_right_results_pass(call: Call) -> None:
     put(Path("d.json"), right_rows())
     status, out, err = call("validate", "d.json", "--ann", "a.json", "--json")
@@ -165,7 +147,7 @@ def test_right_results_pass(call: Call) -> None:
 @pytest.mark.parametrize("name", ERRORS)
 def test_what_is_wrong_ends_with_3_and_is_named_by_both(call: Call, name: str) -> None:
     change, code, words = ERRORS[name]
-    put(Path("d.json"), changed(change))
+    put(Path("d.json"), changed(right_rows(), change))
     status, out, _ = call("validate", "d.json", "--ann", "a.json")
     assert status == 3
     assert f"{code} error" in out
@@ -187,7 +169,7 @@ MEANING = [name for name, (_, code, _) in ERRORS.items() if code in ("E303", "E5
 
 @pytest.mark.parametrize("name", MEANING)
 def test_what_can_be_measured_is_measured_without_the_check(call: Call, name: str) -> None:
-    put(Path("d.json"), changed(ERRORS[name][0]))
+    put(Path("d.json"), changed(right_rows(), ERRORS[name][0]))
     status, _, err = call("eval", "d.json", "--ann", "a.json")
     assert "--no-check" in err
     status, out, err = call("eval", "d.json", "--ann", "a.json", "--no-check", "--json")
@@ -275,7 +257,7 @@ REPAIRS: dict[str, tuple[Callable[[Rows], Any], int, dict[str, int], int]] = {
 @pytest.mark.parametrize("name", REPAIRS)
 def test_fix_repairs_what_is_sure_and_names_it(call: Call, name: str) -> None:
     change, expected, kinds, records = REPAIRS[name]
-    put(Path("d.json"), changed(change))
+    put(Path("d.json"), changed(right_rows(), change))
     before = Path("d.json").read_bytes()
     status, out, _ = call("validate", "d.json", "--ann", "a.json", "--fix", "fixed.json", "--json")
     report = json.loads(out)
@@ -299,7 +281,7 @@ def test_what_was_right_is_the_same_after_a_repair(call: Call) -> None:
 
 
 def test_corners_become_the_boxes_they_were(call: Call) -> None:
-    put(Path("d.json"), changed(boxes(lambda b: [*b[:2], *(b[:2] + b[2:])])))
+    put(Path("d.json"), changed(right_rows(), boxes(lambda b: [*b[:2], *(b[:2] + b[2:])])))
     call("validate", "d.json", "--fix", "fixed.json")
     right = put(Path("right.json"), right_rows())
     np.testing.assert_allclose(read_results("fixed.json").bbox, read_results(right).bbox, atol=2e-3)
@@ -327,7 +309,7 @@ def test_fix_never_replaces_an_input_nor_unasked(call: Call, words: tuple[str, .
 
 @pytest.mark.parametrize("name", ["empty", "cut", "broken", "no comma", "in a dict", "deep"])
 def test_a_file_that_is_no_list_is_not_repaired(call: Call, name: str) -> None:
-    put(Path("d.json"), changed(ERRORS[name][0]))
+    put(Path("d.json"), changed(right_rows(), ERRORS[name][0]))
     status, _, err = call("validate", "d.json", "--fix", "fixed.json")
     assert status == 3
     assert "d.json" in err
