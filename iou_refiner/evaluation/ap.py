@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Evaluation:
 
 
 def evaluate(results: Results, ground_truth: GroundTruth, *, max_dets: int = 100) -> Evaluation:
-    """Measure detections as pycocotools does.
+    """Measure detections as pycocotools does; by faster-coco-eval, which says the same, where that is installed.
 
     Args:
         results: the detections; none at all gives AP 0.
@@ -95,7 +96,7 @@ def evaluate(results: Results, ground_truth: GroundTruth, *, max_dets: int = 100
     """
     check_positive("max_dets", max_dets)
     check(ground_truth, results=results)
-    return summary(match(results, ground_truth, max_dets), len(results))
+    return summary((fast_evaluator() or match)(results, ground_truth, max_dets), len(results))
 
 
 def check(ground_truth: GroundTruth, **named: Results) -> None:
@@ -128,9 +129,29 @@ def _refuse(name: str, table: Results | GroundTruth, column: str, wrong: NDArray
         )
 
 
+#: Matches checked detections to objects and accumulates, for a number of detections per image and category: an
+#: evaluator whose ``eval`` has the arrays of pycocotools.
+Evaluator = Callable[[Results, GroundTruth, int], Any]
+
+
 def match(results: Results, ground_truth: GroundTruth, max_dets: int) -> COCOeval:
     """Match checked detections to objects, and accumulate: an evaluator with ``evalImgs`` and ``eval``."""
-    gt, dt = COCO(), COCO()
+    return _evaluated(COCO, COCOeval, results, ground_truth, max_dets)
+
+
+def fast_evaluator() -> Evaluator | None:
+    """faster-coco-eval, which does the same in C++ (without ``evalImgs``); None where it is not installed."""
+    try:
+        from faster_coco_eval import COCO as FastCOCO
+        from faster_coco_eval import COCOeval_faster
+    except ImportError:
+        return None
+    return partial(_evaluated, FastCOCO, COCOeval_faster)
+
+
+def _evaluated(coco: Any, evaluate: Any, results: Results, ground_truth: GroundTruth, max_dets: int) -> Any:
+    """An evaluator of either package, accumulated."""
+    gt, dt = coco(), coco()
     gt.dataset = ground_truth.to_coco_dict()
     columns = (results.image_id, results.category_id, results.bbox, results.score)
     annotations = [
@@ -142,14 +163,14 @@ def match(results: Results, ground_truth: GroundTruth, max_dets: int) -> COCOeva
     with contextlib.redirect_stdout(io.StringIO()):
         gt.createIndex()
         dt.createIndex()
-        evaluator = COCOeval(gt, dt, "bbox")
+        evaluator = evaluate(gt, dt, "bbox")
         evaluator.params.maxDets = [max_dets]
         evaluator.evaluate()
         evaluator.accumulate()
     return evaluator
 
 
-def summary(evaluator: COCOeval, records: int) -> Evaluation:
+def summary(evaluator: Any, records: int) -> Evaluation:
     """The numbers of an accumulated evaluator, whose -1 stands for absent categories."""
     precision = evaluator.eval["precision"][..., 0].mean(1).transpose(1, 2, 0)  # (K, A, T)
     recall = evaluator.eval["recall"][..., 0, 0].T  # (K, T)

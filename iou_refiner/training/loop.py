@@ -1,14 +1,17 @@
-"""The training loop of the head, on the cached features of a frozen detector."""
+"""The training loop of the head, on the features of a frozen detector, in one process or many."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,22 +19,20 @@ from iou_refiner.checks import DataError
 from iou_refiner.detector.features import Extraction
 from iou_refiner.evaluation.agreement import agreement
 from iou_refiner.head.iou_head import IoUHead
-from iou_refiner.pooling.table import FeatureTable
+from iou_refiner.parallel.ranks import current
 from iou_refiner.progress import Progress, no_progress
-from iou_refiner.structures import FeatureMaps
 from iou_refiner.training.losses import total_loss
-from iou_refiner.training.run import TrainingRun
-from iou_refiner.training.samples import Samples, Targets, TrainingSet, collate, sample_boxes
+from iou_refiner.training.run import Begun, TrainingRun
+from iou_refiner.training.samples import Samples, TrainingSet, sample_boxes
+from iou_refiner.training.schedule import warm_up_then_cosine
 from iou_refiner.training.settings import TrainSettings
+from iou_refiner.training.step import Loss, train_step
 
-# Images that set the scale of the input layer.
-_CALIBRATION_IMAGES = 32
-_WARM_UP = 0.05  # share of all steps
+# Images that set the scale of the input layer, and the most that the head is measured on after an epoch.
+_CALIBRATION_IMAGES, _MEASURED_IMAGES = 32, 1000
 
 #: Samples the boxes of an image, as :func:`sample_boxes` does.
 SampleBoxes = Callable[..., Samples]
-#: (head, embedding of R boxes, the boxes and their truth, image of each) to a loss.
-Loss = Callable[[IoUHead, Tensor, Samples, Tensor], Tensor]
 
 
 def train_head(
@@ -46,24 +47,27 @@ def train_head(
     sample: SampleBoxes = sample_boxes,
     loss: Loss = total_loss,
     progress: Progress = no_progress,
+    checkpoint_minutes: float = 10,
 ) -> list[dict[str, float]]:
     """Train ``head`` in place: AdamW, linear warm-up, cosine to zero.
 
-    The detector stays frozen: training sees only its cached features, and its fingerprint is compared before and after.
-    With the same seed, settings, number of threads and CPU the result is the same to the last bit, also when the run
-    was stopped and resumed: every epoch draws from a generator of its own.
+    The detector stays frozen: training sees only its features, and its fingerprint is compared before and after. With
+    the same seed, settings, number of threads and CPU the result is the same to the last bit, with any number of
+    processes (:mod:`iou_refiner.parallel.ranks`), also when the run was stopped and resumed with another number of
+    them: the order of an epoch, and the boxes of each image in it, are drawn from generators of their own.
 
     Args:
         head: the head to train; its config chooses the losses (:mod:`iou_refiner.training.losses`).
         train: views of images to train on.
         settings: how; default :class:`TrainSettings`. Its ``views`` are those that ``train`` was made with.
-        val: images to measure on after each epoch.
+        val: images to measure on after each epoch; of more than 1,000, as many, spread over all of them.
         seed: of everything random but the head's initial weights.
         output_dir: where to keep ``last.pt`` (to resume from), ``metrics.jsonl`` and ``head.safetensors``.
         resume: go on from ``last.pt`` in ``output_dir`` if it is there.
         sample: samples the boxes of an image, as :func:`sample_boxes` does.
         loss: of a batch of them, as :func:`total_loss`.
         progress: called after each step, in the phase "training".
+        checkpoint_minutes: how often the state to resume from is kept within an epoch; it is at the end of each.
 
     Returns:
         One dict of metrics per epoch.
@@ -75,55 +79,71 @@ def train_head(
     settings = settings or TrainSettings()
     if not len(train):
         raise DataError("The training set has no images.")
-    fingerprint = train.cache.adapter.fingerprint()
+    fingerprint = train.source.adapter.fingerprint()
     steps = math.ceil(len(train) / settings.batch_size)
-    optimizer, schedule = _optimizer(head, settings, steps * settings.epochs)
-    shares = {"candidate_share": settings.candidate_share, "jitter_min_iou": settings.jitter_min_iou}
-    draw = partial(sample, count=settings.boxes_per_image, **shares)
-    run = TrainingRun(output_dir, {**asdict(settings), "seed": seed, "images": len(train)}, head, optimizer, schedule)
-    history = run.resume() if resume else []
-    if not history:
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    schedule = warm_up_then_cosine(optimizer, steps * settings.epochs)
+    about = {**asdict(settings), "seed": seed, "images": len(train)}
+    run = TrainingRun(output_dir, about, head, optimizer, schedule, minutes=checkpoint_minutes)
+    history, begun = run.resume() if resume else ([], Begun())
+    if not history and not begun.steps:
         _calibrate(head, train)
     for epoch in range(len(history), settings.epochs):
-        began, generator = time.perf_counter(), torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(train), generator=generator).tolist()
-        total, boxes = 0.0, 0
+        began = time.perf_counter()
         head.train()
-        for step in range(steps):
-            loaded = [train.load(row) for row in order[step * settings.batch_size : (step + 1) * settings.batch_size]]
-            samples = [draw(extraction, targets, generator=generator) for extraction, targets in loaded]
-            value, count = _step(head, loaded, samples, loss, optimizer)
+        for extractions, samples, image_ids in _batches(train, settings, sample, seed, epoch, begun.steps):
+            value, count = train_step(head, extractions, samples, image_ids, loss, optimizer)
             schedule.step()
-            total, boxes = total + value * count, boxes + count
-            progress("training", epoch * steps + step + 1, settings.epochs * steps)
+            begun = begun.after(value, count)
+            progress("training", epoch * steps + begun.steps, settings.epochs * steps)
+            if begun.steps < steps:
+                run.checkpoint(history, begun)
         head.eval()
-        metrics = {"epoch": epoch + 1, "loss": total / max(boxes, 1)} | (measure(head, val) if val else {})
+        metrics = {"epoch": epoch + 1, "loss": begun.loss} | (measure(head, _some(val)) if val else {})
         history.append(metrics | {"seconds": time.perf_counter() - began})
         run.save(history)
-    if train.cache.adapter.fingerprint() != fingerprint:
+        begun = Begun()
+    if train.source.adapter.fingerprint() != fingerprint:
         raise RuntimeError("The detector's weights changed while the head was trained; the head is not to be trusted.")
     return history
 
 
-def _step(
-    head: IoUHead,
-    loaded: list[tuple[Extraction, Targets]],
-    samples: list[Samples],
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[float, int]:
-    """One step on the samples of some images; returns the loss and the number of boxes."""
-    batch, image_index, table = _batch(head, [extraction.features for extraction, _ in loaded], samples)
-    value = loss(head, head.roi_embedding(table, batch.boxes, image_index), batch, image_index)
-    if not len(batch):
-        return value.item(), 0
-    if not torch.isfinite(value):
-        images = ", ".join(str(extraction.image_id) for extraction, _ in loaded)
-        raise DataError(f"The loss is {value.item()} on images {images}. Are their features finite?")
-    optimizer.zero_grad(set_to_none=True)
-    value.backward()
-    optimizer.step()
-    return value.item(), len(batch)
+def _batches(
+    train: TrainingSet, settings: TrainSettings, sample: SampleBoxes, seed: int, epoch: int, after: int
+) -> Iterator[tuple[list[Extraction], list[Samples], list[int]]]:
+    """Of each batch of an epoch, from step ``after`` on: the extractions and samples of this process's images, and the
+    ids of all."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    starts = range(after * settings.batch_size, len(order), settings.batch_size)
+    batches = [order[start : start + settings.batch_size] for start in starts]
+    mine = [current().mine(batch) for batch in batches]
+    loaded = train.stream(list(chain.from_iterable(mine)))
+    draw = partial(
+        sample, count=settings.boxes_per_image, candidate_share=settings.candidate_share,
+        jitter_min_iou=settings.jitter_min_iou,
+    )  # fmt: skip
+    for batch, rows in zip(batches, mine, strict=True):
+        extractions, samples = [], []
+        for row, (extraction, targets) in zip(rows, islice(loaded, len(rows)), strict=True):
+            extractions.append(extraction)
+            samples.append(draw(extraction, targets, generator=_generator(seed, epoch, row)))
+        yield extractions, samples, [train.items[row][0].id for row in batch]
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator of its own for each combination of numbers."""
+    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(state))
+
+
+def _some(dataset: TrainingSet) -> TrainingSet:
+    """At most 1,000 images of it, spread over all."""
+    if len(dataset) <= _MEASURED_IMAGES:
+        return dataset
+    part = copy.copy(dataset)
+    rows = torch.linspace(0, len(dataset) - 1, _MEASURED_IMAGES).long().tolist()
+    part.items = [dataset.items[row] for row in rows]
+    return part
 
 
 def measure(head: IoUHead, dataset: TrainingSet, *, above: float = 0.5) -> dict[str, float]:
@@ -154,24 +174,18 @@ def summarize(iou: Tensor, scores: Tensor, true_iou: Tensor, *, above: float = 0
 
 @torch.no_grad()
 def predict_candidates(head: IoUHead, dataset: TrainingSet) -> Tensor:
-    """Predicted IoU, ranking, class score and true IoU of all candidates, (4, N); NaN where a box is not judged."""
+    """Predicted IoU, ranking, class score and true IoU of all candidates, (4, N); NaN where a box is not judged.
+
+    The processes of a run share the work, and all of them get all of it.
+    """
     columns: list[Tensor] = []
-    for index in range(len(dataset)):
-        extraction, targets = dataset.load(index)
+    for extraction, targets in dataset.stream(current().mine(range(len(dataset)))):
         candidates, table = extraction.candidates, head.encode(extraction.features)
         boxes, labels = candidates.boxes.to(head.device), candidates.labels.to(head.device)
         prediction = head.predict(table, boxes, torch.zeros_like(labels), labels)
         truth = targets.true_iou(candidates.boxes, candidates.labels)
-        columns.append(torch.stack([prediction.iou.cpu(), prediction.ranking.cpu(), candidates.scores, truth]))
-    return torch.cat(columns, 1)
-
-
-def _batch(head: IoUHead, features: list[FeatureMaps], samples: list[Samples]) -> tuple[Samples, Tensor, FeatureTable]:
-    """The boxes of several images in one, the image of each (R,), and the images' encoded features."""
-    batch, image_index = collate(samples)
-    # Images of different sizes share one table: each map keeps its own size, nothing is padded.
-    table = FeatureTable.concat([head.encode(maps) for maps in features])
-    return batch.to(head.device), image_index.to(head.device), table
+        columns.append(torch.stack([prediction.iou.cpu(), prediction.ranking.cpu(), candidates.scores, truth], 1))
+    return torch.cat(current().share(columns, len(dataset), torch.zeros(0, 4))).T
 
 
 @torch.no_grad()
@@ -181,25 +195,16 @@ def _calibrate(head: IoUHead, train: TrainingSet) -> None:
     Values that are not finite are passed over here: the training step reports them, with their image.
     """
     chosen = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
-    loaded = [train.load(index)[0].features.levels for index in chosen]
+    powers = [
+        torch.stack([_finite(level).double().square().mean().cpu() for level in extraction.features.levels])[None]
+        for extraction, _ in train.stream(current().mine(chosen))
+    ]
+    levels = torch.zeros(0, len(head.strides), dtype=torch.float64)
+    power = torch.cat(current().share(powers, len(chosen), levels)).nanmean(0)
     for index, narrow in enumerate(head.narrow):
         if isinstance(narrow, nn.Conv2d):
-            power = torch.stack([_finite(levels[index]).double().square().mean() for levels in loaded]).nanmean()
-            narrow.weight /= power.sqrt().clamp(min=1e-6).to(narrow.weight)
+            narrow.weight /= power[index].sqrt().clamp(min=1e-6).to(narrow.weight)
 
 
 def _finite(values: Tensor) -> Tensor:
     return values[torch.isfinite(values)]
-
-
-def _optimizer(
-    head: IoUHead, settings: TrainSettings, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, and its learning rate over ``steps`` steps: a linear warm-up, then a cosine to zero."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    warm_up = max(1, round(steps * _WARM_UP))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -7,7 +7,7 @@ them believes that everything fits. Boxes in ignored regions are left out: nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,7 +18,7 @@ from iou_refiner.boxes import box_area, clip_boxes, valid_boxes
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Image, xywh_to_xyxy
 from iou_refiner.detector.features import Extraction
-from iou_refiner.detector.sources import CachedFeatures
+from iou_refiner.detector.sources import ViewSource
 from iou_refiner.detector.views import View
 from iou_refiner.evaluation.true_iou import match_boxes
 from iou_refiner.training.jitter import jitter_boxes
@@ -88,13 +88,23 @@ class Samples:
         """The same on another device."""
         return Samples(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def packed(self) -> Tensor:
+        """All of it as one tensor (R, 10) float64, which holds labels and float32 exactly."""
+        columns = (self.boxes, self.labels[:, None], self.iou[:, None], self.gt_boxes)
+        return torch.cat([column.double() for column in columns], 1)
+
+    @classmethod
+    def unpacked(cls, rows: Tensor) -> Samples:
+        """The inverse of :meth:`packed`."""
+        return cls(rows[:, :4].float(), rows[:, 4].long(), rows[:, 5].float(), rows[:, 6:].float())
+
 
 class TrainingSet:
-    """Cached extractions joined with their annotation.
+    """Extractions joined with their annotation. It holds ids and boxes, and asks for features as they are needed.
 
     Args:
-        cache: extractions of the frozen detector (:meth:`FeatureCache.of`); must hold every view of every image of
-            ``ground_truth``.
+        source: extractions of the frozen detector: the live one, or a cache, which must hold every view of every image
+            of ``ground_truth``.
         ground_truth: the annotation.
         views: how many views of every image to use (:class:`View`).
 
@@ -102,19 +112,19 @@ class TrainingSet:
         DataError: an image is not in the cache.
     """
 
-    def __init__(self, cache: CachedFeatures, ground_truth: GroundTruth, *, views: int = 1):
-        self.cache, self.ground_truth = cache, ground_truth
+    def __init__(self, source: ViewSource, ground_truth: GroundTruth, *, views: int = 1):
+        self.source, self.ground_truth = source, ground_truth
         self._rows = ground_truth.by_image()
         self.items: list[tuple[Image, int]] = []
         for view in range(views):
-            missing = cache.missing(ground_truth.images, view=view)
+            missing = source.missing(ground_truth.images, view=view)
             if missing:
                 raise DataError(
                     f"{len(missing)} of {len(ground_truth.images)} images are not in the feature cache "
                     f"(first: image {missing[0].id}). Fill it first with CachedFeatures.fill."
                 )
             self.items += [(image, view) for image in ground_truth.images]
-        to_category = cache.adapter.category_ids
+        to_category = source.adapter.category_ids
         known = [category.id for category in ground_truth.categories]
         self._label_of = {c: label for label, c in (to_category or {c: c for c in known}).items() if c in known}
 
@@ -130,8 +140,16 @@ class TrainingSet:
     def load(self, index: int) -> tuple[Extraction, Targets]:
         """The extraction of one view, and its annotation. Candidates of classes that are not annotated are dropped."""
         image, view = self.items[index]
-        extraction = self.cache.load(image, view=view)
-        candidates = extraction.candidates
+        return self._joined(image, view, self.source.load(image, view=view))
+
+    def stream(self, indices: Sequence[int]) -> Iterator[tuple[Extraction, Targets]]:
+        """:meth:`load` for many indices, in their order, with work done ahead."""
+        items = [self.items[index] for index in indices]
+        for (image, view), extraction in zip(items, self.source.stream(items), strict=True):
+            yield self._joined(image, view, extraction)
+
+    def _joined(self, image: Image, view: int, extraction: Extraction) -> tuple[Extraction, Targets]:
+        candidates = extraction.candidates.to("cpu")
         annotated = torch.isin(candidates.labels, torch.tensor(self.labels, dtype=torch.int64))
         candidates = candidates[annotated]
         clipped = clip_boxes(candidates.boxes, extraction.features.image_sizes[0])  # as the stage does

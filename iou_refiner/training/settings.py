@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from iou_refiner.checks import check_fraction, check_number, check_positive
 
@@ -15,12 +16,17 @@ _MOST: dict[str, float] = {
 }  # fmt: skip
 
 
+# Views of all images together that are enough to learn from, and the most of one image that "auto" takes.
+_ENOUGH_VIEWS, _MOST_VIEWS = 10_000, 8
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """How a head is trained. The optimizer is AdamW, with a linear warm-up and a cosine to zero.
 
     Args:
-        views: views of every image to train on: itself, its mirror image, then random windows. Few images want many.
+        views: views of every image to train on: itself, its mirror image, then random windows. Few images want many;
+            "auto" takes as many as make 10,000 in all, from 1 to 8.
         epochs: passes over all views of all images.
         batch_size: images a step.
         boxes_per_image: boxes sampled from each image.
@@ -33,7 +39,7 @@ class TrainSettings:
         ValueError: a setting is out of range.
     """
 
-    views: int = 4
+    views: int | Literal["auto"] = 4
     epochs: int = 2
     batch_size: int = 8
     boxes_per_image: int = 96
@@ -43,12 +49,26 @@ class TrainSettings:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("views", "epochs", "batch_size", "boxes_per_image", "lr"):
-            check_positive(name, getattr(self, name))
+        numbers = {name: getattr(self, name) for name in _MOST if (name, self.views) != ("views", "auto")}
+        if isinstance(self.views, str) and self.views != "auto":
+            raise ValueError(f'`views` must be a number or "auto", got {self.views!r}.')
+        for name, value in numbers.items():
+            if name != "weight_decay":
+                check_positive(name, value)
         check_fraction("candidate_share", self.candidate_share)
         if not LOWEST_IOU <= self.jitter_min_iou <= 1:
             raise ValueError(f"`jitter_min_iou` must lie in [{LOWEST_IOU}, 1], got {self.jitter_min_iou!r}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"`weight_decay` must be 0 or more, got {self.weight_decay!r}.")
-        for name, most in _MOST.items():
-            check_number(name, getattr(self, name), 0, most, whole=name not in ("lr", "weight_decay"))
+        for name, value in numbers.items():
+            check_number(name, value, 0, _MOST[name], whole=name not in ("lr", "weight_decay"))
+
+    def views_of(self, images: int) -> int:
+        """How many views there are of each of so many images."""
+        if self.views != "auto":
+            return self.views
+        return max(1, min(_MOST_VIEWS, round(_ENOUGH_VIEWS / max(images, 1))))
+
+    def of(self, images: int) -> TrainSettings:
+        """These settings with the number of views that they mean for so many images."""
+        return replace(self, views=self.views_of(images))

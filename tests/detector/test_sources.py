@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from iou_refiner import DataError
-from iou_refiner.detector.features import extract_image
-from iou_refiner.detector.sources import FeatureCache, feature_source
-from tests.kit.toys import ToyData, make_cached
+from iou_refiner.coco import GroundTruth, Image
+from iou_refiner.detector.features import Extraction, extract_image
+from iou_refiner.detector.loading import Loading
+from iou_refiner.detector.sources import FeatureCache, LiveFeatures, MemoryFeatures, feature_source
+from tests.kit.toys import ToyData, ToyDetector, make_cached
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,109 @@ def test_a_source_extracts_as_the_detector_does_and_a_cached_one_only_once(toy, 
     else:
         with pytest.raises(TypeError):
             source(truth.images[3])
+
+
+# ---- Many views of images, with work done ahead. ----
+
+
+def equal(a: Extraction, b: Extraction) -> bool:
+    """To the bit, where they come from aside."""
+    levels = zip(a.features.levels, b.features.levels, strict=True)
+    return (
+        all(x.dtype == y.dtype and torch.equal(x, y) for x, y in levels)
+        and all(torch.equal(getattr(a.candidates, n), getattr(b.candidates, n)) for n in ("boxes", "scores", "labels"))
+        and (a.image_id, a.transform, a.content) == (b.image_id, b.transform, b.content)
+    )
+
+
+def views_of(truth: GroundTruth) -> list[tuple[Image, int]]:
+    return [(image, view) for view in range(3) for image in reversed(truth.images)]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_live_and_cached_features_are_the_same_to_the_bit_one_by_one_and_as_a_stream(toy, workers):
+    folder, truth, detector, cache = toy
+    items, loading = views_of(truth), Loading(workers=workers)
+    live = LiveFeatures(detector, folder, loading=loading, dtype=torch.float16)
+    cached = FeatureCache(cache.cache.folder, detector, loading=loading).of(folder)
+    expected = [cache.load(image, view=view) for image, view in items]
+    assert {level.dtype for extraction in expected for level in extraction.features.levels} == {torch.float32}
+    for source in (live, cached, MemoryFeatures(live), MemoryFeatures(cached)):
+        assert source.missing(truth.images, view=2) == []
+        assert source.notes() == []
+        for got in (source.stream(items), (source.load(image, view=view) for image, view in items)):
+            assert all(equal(a, b) for a, b in zip(got, expected, strict=True))
+    plain = LiveFeatures(detector, folder).load(truth.images[0])
+    assert not torch.equal(plain.features.levels[0], live.load(truth.images[0]).features.levels[0])
+
+
+class OnAccelerator(ToyDetector):
+    """Says that it is on a GPU, and notes the batches it is given."""
+
+    def __init__(self, gt_boxes):
+        super().__init__(gt_boxes)
+        self.batches: list[int] = []
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_an_accelerator_images_of_one_shape_share_a_batch_and_come_in_order(toy, workers):
+    folder, truth, detector, _ = toy
+    accelerated = OnAccelerator(detector.gt_boxes)
+    items = [(image, view) for image in truth.images for view in range(3)]
+    source = LiveFeatures(accelerated, folder, loading=Loading(workers=workers, batch_images=5))
+    expected = [LiveFeatures(detector, folder).load(image, view=view) for image, view in items]
+    assert all(equal(a, b) for a, b in zip(source.stream(items), expected, strict=True))
+    # Of the first 20, which are looked at together, 14 are of full size, and 6 have shapes of their own.
+    assert accelerated.batches[:9] == [5, 5, 4, 1, 1, 1, 1, 1, 1]
+    assert sum(accelerated.batches) == len(items)
+    assert max(accelerated.batches) == 5
+
+
+def test_on_a_cpu_images_go_one_by_one(toy):
+    folder, truth, detector, _ = toy
+    alone = OnAccelerator(detector.gt_boxes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnAccelerator, "device", torch.device("cpu"))
+        list(LiveFeatures(alone, folder).stream(views_of(truth)))
+    assert alone.batches == [1] * 36
+
+
+def test_memory_asks_once_for_what_it_has_room_for(toy):
+    folder, truth, detector, cache = toy
+    size, asked = cache.load(truth.images[0]).nbytes(torch.float16), []
+
+    class Counting(LiveFeatures):
+        def load(self, image, *, view=0):
+            asked.append(image.id)
+            return super().load(image, view=view)
+
+    room = size * 5 // 2  # for the first two, of 12 images of about this size
+    source = MemoryFeatures(Counting(detector, folder, dtype=torch.float16), room)
+    for _ in range(3):
+        for image in truth.images[:4]:
+            assert equal(source(image), cache.load(image))
+    assert asked == [1, 2, 3, 4, 3, 4, 3, 4]
+    assert [e.image_id for e in source.stream([(image, 0) for image in truth.images])] == list(range(1, 13))
+
+
+def test_room_for_all_that_is_to_come_is_needed_before_the_first_is_stored(toy, tmp_path, monkeypatch):
+    folder, truth, detector, _ = toy
+    cache = FeatureCache(tmp_path, detector).of(folder)
+    size = LiveFeatures(detector, folder).load(truth.images[0]).nbytes(torch.float16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10 * size})())
+    items = [(image, 0) for image in truth.images[:5]]
+    with pytest.raises(DataError, match=r"needs about .* GB more"):
+        list(cache.fill_views(items, entries=20))
+    assert list(tmp_path.glob("*.safetensors")) == []
+    assert len(list(cache.fill_views(items))) == 5
 
 
 def test_the_size_on_disk_is_foretold(toy):

@@ -13,14 +13,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.evaluation.ap import METRICS, evaluate
+from iou_refiner.evaluation.ap import METRICS, evaluate, fast_evaluator, match, summary
 from iou_refiner.evaluation.bootstrap import compare
 from iou_refiner.evaluation.true_iou import true_iou
+from tests.kit.needs import DEV, needs_package
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 
 
@@ -54,6 +56,30 @@ def test_the_numbers_are_those_pycocotools_summarises(seed):
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     np.testing.assert_allclose([ours[name] for name in names], stats[:6], rtol=0, atol=1e-12)
     np.testing.assert_allclose(ours["AR"], stats[8], rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(1, 5))
+def test_the_fast_evaluator_agrees_with_pycocotools(seed, max_dets):
+    """Also with equal scores, ignored regions, categories without objects, and more detections than count."""
+    needs_package("faster_coco_eval", install=DEV)
+    fast = fast_evaluator()
+    assert fast is not None
+    truth, results = scene(seed, ties=True)
+    ours, reference = (summary(by(results, truth, max_dets), len(results)) for by in (fast, match))
+    for name in METRICS:
+        np.testing.assert_allclose(ours.metrics[name], reference.metrics[name], rtol=0, atol=1e-9)
+    for mine, theirs in zip(ours.categories, reference.categories, strict=True):
+        assert (mine.id, mine.name) == (theirs.id, theirs.name)
+        np.testing.assert_allclose(mine.ap, theirs.ap, rtol=0, atol=1e-9)
+    assert replace(ours, metrics={}, categories=()) == replace(reference, metrics={}, categories=())
+
+
+def test_without_the_fast_evaluator_it_is_pycocotools(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert fast_evaluator() is None
+    truth, results = scene(5, ties=False)
+    assert str(evaluate(results, truth)) == str(summary(match(results, truth, 100), len(results)))
 
 
 @pytest.mark.parametrize(("name", "threshold"), [("AP60", 0.6), ("AP70", 0.7), ("AP80", 0.8), ("AP90", 0.9)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.evaluation import bootstrap
 from iou_refiner.evaluation.ap import METRICS, evaluate, match
-from iou_refiner.evaluation.bootstrap import compare, curves, resample, weighted_metrics
+from iou_refiner.evaluation.bootstrap import compare, curves, resample, resampled_metrics, weighted_metrics
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 
 
@@ -56,6 +57,32 @@ def test_multiplicities_say_the_same_as_images_that_really_repeat(seed, weights)
     weighted = weighted_metrics(curves(match(results, truth, 100)), weights[None])
     truth, results = repeated(truth, results, weights)
     same({name: values[0] for name, values in weighted.items()}, dict(evaluate(results, truth).metrics))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(0, 9), st.integers(1, 12))
+def test_some_draws_at_a_time_give_the_same_bits(seed, resamples, at_once):
+    truth, results = scene(seed, ties=True)
+    rows = curves(match(results, truth, 100))
+    images = len(truth.images)
+    whole = weighted_metrics(rows, resample(images, resamples, seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "_CHUNK", at_once * max(images, sum(len(row) * 10 for row in rows)))
+        parts = resampled_metrics(rows, images, resamples, seed)
+    assert {name: values.tobytes() for name, values in parts.items()} == {
+        name: values.tobytes() for name, values in whole.items()
+    }
+
+
+def test_many_draws_of_many_images_need_little_memory():
+    truth = make_truth(list(range(4000)), [1], [(1, 1, [0, 0, 20, 20], False)])
+    results = make_results([(1, 1, [0, 0, 20, 20], 0.5)])
+    rows = curves(match(results, truth, 100))
+    tracemalloc.start()
+    resampled_metrics(rows, 4000, 5000, 0)  # 160 MB, if drawn all at once
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80e6
 
 
 @pytest.mark.parametrize("objects", [29, 50, 58, 100])

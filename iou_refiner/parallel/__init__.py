@@ -1,0 +1,1 @@
+"""Many processes that do one job, as torchrun starts them."""
