@@ -1,4 +1,4 @@
-"""The demo's picture: boxes before and after, beside the truth."""
+"""The demo's picture: boxes before and after, beside the truth, those that got worse among them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iou_refiner.checks import require
 from iou_refiner.coco import GroundTruth, Image, Results, xywh_to_xyxy
-from iou_refiner.coco.data import FloatArray
+from iou_refiner.coco.data import FloatArray, IntArray
 from iou_refiner.detector.images import open_image
+from iou_refiner.evaluation.true_iou import match_boxes
 from iou_refiner.files import write_whole
-from iou_refiner.numpy_boxes import pairwise_iou
 
 _COLUMNS = 6
 _FIRST = 12  # whole images
 _CLOSE_UPS = 6  # objects, half of them those that gained most, half those that lost most
 _CONFIDENT = 0.5  # detections with a lower score are not drawn
-_TRUTH, _BEFORE, _AFTER, _LOSS = "#ffffff", "#ffb000", "#00d5ff", "#ff5a5a"
+_TRUTH, _BEFORE, _AFTER, _BETTER, _WORSE = "#ffffff", "#ffb000", "#00d5ff", "#5ee687", "#ff6b6b"
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """An object with the box nearest to it before and after, xyxy, and their IoU with it."""
+    """An object with its box before and after, xyxy, and their IoU with it."""
 
     image: Image
     truth: FloatArray
@@ -57,7 +58,7 @@ def save_picture(
     half = min(_CLOSE_UPS, len(by_gain)) // 2
     close_ups = by_gain[len(by_gain) - half :][::-1] + by_gain[:half]
     rows = -(-len(first) // _COLUMNS) + (1 if close_ups else 0)
-    figure = figure_of(figsize=(2.5 * _COLUMNS, 2.62 * rows + 1.0), facecolor="#111111", layout="constrained")
+    figure = figure_of(figsize=(2.5 * _COLUMNS, 2.62 * rows + 1.3), facecolor="#111111", layout="constrained")
     axes = figure.subplots(rows, _COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -70,39 +71,66 @@ def save_picture(
         axis.imshow(open_image(images, pair.image), extent=(0, pair.image.width, pair.image.height, 0))
         _draw(axis, pair, width=2.2)
         _zoom(axis, pair)
-    figure.suptitle(_legend(len(first), half, caption), color="white", fontsize=11)
+    figure.suptitle(_legend(pairs, len(first), half, caption), color="white", fontsize=11)
     _save(figure, path)
 
 
-def _legend(first: int, half: int, caption: str) -> str:
+def _legend(pairs: list[_Pair], first: int, half: int, caption: str) -> str:
+    return "\n".join(
+        [
+            "boxes: white the truth, orange the detector alone, blue with IoU-guided NMS and refinement",
+            "numbers: IoU with the truth, before → after; green where the box fits better, red where it fits worse",
+            *([_balance(pairs)] if pairs else []),
+            f"The first {first} images of the test split; last row: the {half} objects that gained most, "
+            f"then the {half} that lost most. {caption[0].upper()}{caption[1:]}.",
+        ]
+    )
+
+
+def _balance(pairs: list[_Pair]) -> str:
+    """How many boxes fit better and how many worse, and why both are shown."""
+    better, worse = sum(pair.gain > 0 for pair in pairs), sum(pair.gain < 0 for pair in pairs)
+    before, after = np.mean([pair.iou for pair in pairs], axis=0)
     return (
-        "white: truth    orange: the detector alone    blue: with IoU-guided NMS and refinement    "
-        "numbers: IoU before → after\n"
-        f"The first {first} images of the test split; last row: the {half} objects that gained most, "
-        f"then the {half} that lost most.\n{caption[0].upper()}{caption[1:]}."
+        f"Of {len(pairs):,} objects with a box before and after, {better:,} fit better and {worse:,} worse, "
+        f"mean IoU {before:.3f} → {after:.3f}: a change on average, so both kinds are shown."
     )
 
 
 def _pairs(ground_truth: GroundTruth, before: Results, after: Results) -> list[_Pair]:
-    """Each object that has a confident box of IoU above 0 both before and after."""
+    """Each object that has a confident box both before and after.
+
+    The box of an object is, among those whose best object of their class it is, the one that fits it best: a box of a
+    neighbour is never taken for it.
+    """
     objects, pairs = xywh_to_xyxy(ground_truth.bbox), []
     sides = [results[results.score >= _CONFIDENT] for results in (before, after)]
     rows_of = [side.by_image() for side in sides]
     nothing = np.empty(0, np.int64)
-    of_image = ground_truth.by_image()
+    gt_rows = ground_truth.by_image()
     for image in ground_truth.images:
-        boxes = [
-            xywh_to_xyxy(side.bbox[rows.get(image.id, nothing)]) for side, rows in zip(sides, rows_of, strict=True)
-        ]
-        if not all(map(len, boxes)):
-            continue
-        ious = [pairwise_iou(objects[of_image[image.id]], side) for side in boxes]
-        for truth, *iou in zip(objects[of_image[image.id]], *ious, strict=True):
-            best = [int(values.argmax()) for values in iou]
-            reached = float(iou[0][best[0]]), float(iou[1][best[1]])
-            if min(reached) > 0:
-                pairs.append(_Pair(image, truth, boxes[0][best[0]], boxes[1][best[1]], reached))
+        here = [side[rows.get(image.id, nothing)] for side, rows in zip(sides, rows_of, strict=True)]
+        gt = gt_rows[image.id]
+        labels, ignored = ground_truth.category_id[gt], ground_truth.iscrowd[gt]
+        of_side = []
+        for side in here:
+            boxes = xywh_to_xyxy(side.bbox)
+            iou, best = match_boxes(boxes, side.category_id, objects[gt], labels, ignored)
+            of_side.append(_best_of_each(boxes, iou, best))
+        for index in sorted(of_side[0].keys() & of_side[1].keys()):
+            (old, iou_old), (new, iou_new) = (side[index] for side in of_side)
+            pairs.append(_Pair(image, objects[gt[index]], old, new, (iou_old, iou_new)))
     return pairs
+
+
+def _best_of_each(boxes: FloatArray, iou: NDArray[np.floating], best: IntArray) -> dict[int, tuple[FloatArray, float]]:
+    """For each object that some box meets, the box that fits it best of those it is the best object of, and the IoU."""
+    chosen: dict[int, tuple[FloatArray, float]] = {}
+    for row in np.flatnonzero(iou > 0):  # NaN, not judged, is not above 0
+        index = int(best[row])
+        if index not in chosen or iou[row] > chosen[index][1]:
+            chosen[index] = boxes[row], float(iou[row])
+    return chosen
 
 
 def _draw(axis: Any, pair: _Pair, *, width: float) -> None:
@@ -116,8 +144,12 @@ def _draw(axis: Any, pair: _Pair, *, width: float) -> None:
     label = f"{pair.iou[0]:.2f} → {pair.iou[1]:.2f}"
     axis.text(
         pair.truth[0], max(top - 2, 9), label, fontsize=7.5, va="bottom", clip_on=True,
-        color=_AFTER if pair.gain >= 0 else _LOSS, bbox={"fc": "black", "ec": "none", "alpha": 0.65, "pad": 1.0},
+        color=_label_colour(pair.gain), bbox={"fc": "black", "ec": "none", "alpha": 0.65, "pad": 1.0},
     )  # fmt: skip
+
+
+def _label_colour(gain: float) -> str:
+    return _BETTER if gain > 0 else _WORSE if gain < 0 else _TRUTH
 
 
 def _zoom(axis: Any, pair: _Pair) -> None:

@@ -30,9 +30,8 @@ from iou_refiner.evaluation.agreement import agreement
 from iou_refiner.evaluation.bootstrap import compare
 from iou_refiner.evaluation.true_iou import true_iou
 from iou_refiner.files import write_whole
-from iou_refiner.head.checkpoint import load_head
+from iou_refiner.head.checkpoint import Head, load_head
 from iou_refiner.head.config import HeadConfig
-from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.progress import Progress, no_progress
 from iou_refiner.rescoring import dump_candidates, rescore
 from iou_refiner.stage.settings import StageSettings
@@ -135,10 +134,17 @@ def follow_up(folder: str | Path) -> str:
         [
             f"export IOU_REFINER_DEMO={folder}",
             f"iou-refiner eval {folder}/after.json --baseline {folder}/before.json --ann {folder}/data/test.json",
+            report_command(folder),
             f"iou-refiner rescore {folder}/candidates.json --head {folder}/head.safetensors {where} -o rescored.json",
             f"iou-refiner validate {folder}/candidates.json --ann {folder}/data/test.json",
         ]
     )
+
+
+def report_command(folder: str | Path) -> str:
+    """The command that makes a page of what the demo left in ``folder``."""
+    files = f"{folder}/before.json {folder}/after.json --ann {folder}/data/test.json --images {folder}/data"
+    return f"iou-refiner report {files} -o {folder}/report.html"
 
 
 def _claim(folder: Path) -> None:
@@ -170,14 +176,12 @@ def _undisturbed() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train_head(
-    folder: Path, adapter: Adapter, truth: GroundTruth, epochs: int, seed: int, progress: Progress
-) -> IoUHead:
+def _train_head(folder: Path, adapter: Adapter, truth: GroundTruth, epochs: int, seed: int, progress: Progress) -> Head:
     """On images of their own: on those the detector was trained on, its candidates fit better than they will later."""
     with tempfile.TemporaryDirectory(prefix="training-", dir=folder) as work:
         train(
             adapter, (truth, folder / "data"), output_dir=Path(work), config=_HEAD,
-            settings=replace(_TRAINING, epochs=epochs), seed=seed, note=lambda text: None,
+            settings=replace(_TRAINING, epochs=epochs), siblings=None, seed=seed, note=lambda text: None,
             progress=lambda phase, done, total: progress(f"{phase} the head", done, total),
         )  # fmt: skip
         os.replace(Path(work) / "head.safetensors", folder / "head.safetensors")
@@ -185,7 +189,7 @@ def _train_head(
 
 
 def _measure(
-    folder: Path, adapter: Adapter, head: IoUHead, truth: GroundTruth, seed: int, progress: Progress
+    folder: Path, adapter: Adapter, head: Head, truth: GroundTruth, seed: int, progress: Progress
 ) -> DemoResult:
     """Measure on the files as they are written, so that the commands in README.txt say the same."""
     source = _memoized(feature_source(adapter, folder / "data"))
