@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from iou_refiner.head.checkpoint import save_head as save_head
     from iou_refiner.head.config import HeadConfig as HeadConfig
     from iou_refiner.head.iou_head import IoUHead as IoUHead
+    from iou_refiner.head.sibling_head import SiblingHead as SiblingHead
     from iou_refiner.pooling.functional import prroi_pool as prroi_pool
     from iou_refiner.pooling.table import FeatureTable as FeatureTable
     from iou_refiner.refiner import IoURefiner as IoURefiner
+    from iou_refiner.siblings.config import SiblingConfig as SiblingConfig
     from iou_refiner.stage.ascent import refine_boxes as refine_boxes
     from iou_refiner.stage.ascent import refine_boxes_paper as refine_boxes_paper
     from iou_refiner.stage.nms import iou_guided_nms as iou_guided_nms
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from iou_refiner.structures import Detections as Detections
     from iou_refiner.structures import FeatureMaps as FeatureMaps
     from iou_refiner.structures import ImageTransform as ImageTransform
+    from iou_refiner.training.from_candidates import train_from_candidates as train_from_candidates
     from iou_refiner.training.jitter import jitter_boxes as jitter_boxes
     from iou_refiner.training.loop import train_head as train_head
     from iou_refiner.training.settings import TrainSettings as TrainSettings
@@ -45,6 +48,8 @@ _HOME = {
     "IoUHead": "head.iou_head",
     "IoURefiner": "refiner",
     "MissingPackageError": "checks",
+    "SiblingConfig": "siblings.config",
+    "SiblingHead": "head.sibling_head",
     "Stage": "stage.stage",
     "StageSettings": "stage.settings",
     "TrainSettings": "training.settings",
@@ -58,6 +63,7 @@ _HOME = {
     "refine_boxes_paper": "stage.ascent",
     "save_head": "head.checkpoint",
     "soft_nms": "stage.soft_nms",
+    "train_from_candidates": "training.from_candidates",
     "train_head": "training.loop",
 }
 __all__ = sorted([*_HOME, "__version__"])

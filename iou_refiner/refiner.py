@@ -12,9 +12,8 @@ from torch import nn
 from iou_refiner.checks import DataError
 from iou_refiner.detector.adapter import Adapter
 from iou_refiner.detector.registry import as_adapter
-from iou_refiner.head.checkpoint import load_head
+from iou_refiner.head.checkpoint import Head, load_head
 from iou_refiner.head.config import TrainedCategory
-from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import Detections, FeatureMaps
@@ -25,7 +24,8 @@ class IoURefiner(nn.Module):
 
     Args:
         detector: a live detector of a framework an adapter is installed for, or an :class:`Adapter`.
-        head: a trained :class:`IoUHead`, or the path of one. Without a head the detector runs alone, untouched.
+        head: a trained :class:`IoUHead` or :class:`SiblingHead`, or the path of one. Without a head the detector runs
+            alone, untouched.
         settings: of the :class:`Stage`; default: what the head recommends.
         changes: settings to exchange in these, by name.
 
@@ -44,7 +44,7 @@ class IoURefiner(nn.Module):
     def __init__(
         self,
         detector: Any,
-        head: IoUHead | str | Path | None = None,
+        head: Head | str | Path | None = None,
         settings: StageSettings | None = None,
         **changes: Any,
     ):
@@ -57,7 +57,7 @@ class IoURefiner(nn.Module):
                 names = ", ".join(changes) or "settings"
                 raise ValueError(f"Settings of the stage ({names}) need a `head`.")
             return
-        self.head = head if isinstance(head, IoUHead) else load_head(head)
+        self.head = load_head(head) if isinstance(head, (str, Path)) else head
         check_head(self.head, self.adapter)
         self.head.to(self.adapter.device).eval()
         self.stage = Stage(self.head, settings, own_threshold=self.adapter.nms_threshold, **changes)
@@ -91,7 +91,7 @@ class IoURefiner(nn.Module):
         return self.detector if self.stage is None else self.adapter.twin(self._suppress)
 
 
-def check_head(head: IoUHead, adapter: Adapter) -> None:
+def check_head(head: Head, adapter: Adapter) -> None:
     """Raise DataError if the head says that it was trained on the features of another detector."""
     trained_on, here = head.metadata, adapter.fingerprint()
     if trained_on.fingerprint and trained_on.fingerprint != here:

@@ -17,12 +17,13 @@ PACKAGE, ADAPTERS = ROOT / "iou_refiner", ROOT / "adapters"
 
 # The folders, and the modules at the root: each imports only itself and those before it.
 ORDER = (
-    "checks", "files", "progress", "numpy_boxes", "boxes", "structures", "pooling", "head", "stage", "coco", "detector",
-    "evaluation", "validation", "refiner", "rescoring", "training", "demo", "cli", "__main__",
+    "checks", "files", "progress", "parallel", "numpy_boxes", "boxes", "structures", "pooling", "siblings", "head",
+    "stage", "coco", "detector", "evaluation", "validation", "refiner", "rescoring", "training", "report", "demo",
+    "cli", "__main__",
 )  # fmt: skip
 # What must not come with `import iou_refiner`, nor with the commands that promise to answer at once.
 HEAVY = {"torch", "cupy", "torchvision", "onnx", "onnxruntime", "matplotlib", "PIL", "pycocotools"}
-OPTIONAL = HEAVY - {"torch", "pycocotools"} | {"skimage", "mlxtend"}
+OPTIONAL = HEAVY - {"torch", "pycocotools"} | {"skimage", "mlxtend", "jinja2"}
 # Sizes from which on a reader loses the thread.
 MOST_MODULES_AT_THE_ROOT, LONGEST_FUNCTION, LONGEST_FILE = 8, 45, 260
 
@@ -159,6 +160,7 @@ def loaded_by(code: str, suspects: set[str]) -> set[str]:
         ("import iou_refiner.validation.validate", HEAVY),
         ("import iou_refiner.stage.settings, iou_refiner.training.settings, iou_refiner.head.config", HEAVY),
         ("import iou_refiner.evaluation.bootstrap, iou_refiner.evaluation.true_iou", HEAVY - {"pycocotools"}),
+        ("import iou_refiner.report", HEAVY - {"pycocotools"}),
         ("from iou_refiner import *", OPTIONAL),
     ],
 )

@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iou_refiner import HeadConfig, IoUHead, IoURefiner, StageSettings, save_head
+from iou_refiner import IoUHead, IoURefiner, StageSettings, save_head
 from iou_refiner.boxes import pairwise_iou
 from iou_refiner.head.config import HeadMetadata, TrainedCategory
-from tests.kit.toys import OracleHead, ToyDetector, ToyScene, make_scene
+from tests.kit import fixtures
+from tests.kit.toys import OracleHead, ToyDetector
 
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> ToyScene:
-    return make_scene(tmp_path_factory.mktemp("scene"))
-
-
-@pytest.fixture
-def head() -> IoUHead:
-    return IoUHead((4, 4), (1, 2), HeadConfig(width=3, hidden=(16,), output_size=3)).eval()
+scene, head = fixtures.scene, fixtures.head
 
 
 class TestIoURefiner:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
-from iou_refiner import DataError, HeadConfig, IoUHead, Stage, StageSettings
-from iou_refiner.coco import GroundTruth, Results, read_ground_truth, write_parts, write_results, xywh_to_xyxy
+from iou_refiner import DataError, Detections, HeadConfig, IoUHead, Stage, StageSettings
+from iou_refiner.coco import GroundTruth, Results, read_ground_truth, xywh_to_xyxy
 from iou_refiner.detector.sources import FeatureCache, feature_source
-from iou_refiner.rescoring import category_map, dump_candidates, rescore
+from iou_refiner.rescoring import DumpSummary, category_map, dump_candidates, rescore
 from tests.kit.toys import SIZE, make_dataset
 
 
@@ -119,26 +122,47 @@ def test_records_of_unknown_images_or_categories_are_named(scene):
             list(rescore(source, None, Stage(head), wrong, truth))
 
 
-@pytest.mark.parametrize("name", ["out.json", "out.json.gz"])
-def test_written_image_by_image_the_bytes_are_those_of_all_at_once(scene, tmp_path, name):
+def test_the_last_images_alone_are_the_rest(scene):
     truth, source, head, *_ = scene
-    parts = list(rescore(source, None, Stage(head), candidates(scene), truth))
-    write_results(tmp_path / f"all-{name}", Results.concat(parts), image_order=[image.id for image in truth.images])
-    assert write_parts(tmp_path / name, iter(parts)) == sum(map(len, parts))
-    assert (tmp_path / name).read_bytes() == (tmp_path / f"all-{name}").read_bytes()
-    assert write_parts(tmp_path / name, []) == 0
-    write_results(tmp_path / f"all-{name}", Results.concat([]))
-    assert (tmp_path / name).read_bytes() == (tmp_path / f"all-{name}").read_bytes()
+    results, images = candidates(scene), truth.images[2:]
+    for parts in (
+        lambda **options: dump_candidates(source, None, truth, **options),
+        lambda **options: rescore(source, None, Stage(head), results, truth, **options),
+    ):
+        every, rest = list(parts()), list(parts(images=images))
+        for expected, part in zip(every[2:], rest, strict=True):
+            np.testing.assert_array_equal(part.bbox, expected.bbox)
+            np.testing.assert_array_equal(part.score, expected.score)
 
-    def stopped():
-        yield parts[0]
-        raise KeyboardInterrupt
 
-    before = (tmp_path / name).read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        write_parts(tmp_path / name, stopped())
-    assert (tmp_path / name).read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+def test_every_candidate_of_a_dump_is_kept_or_counted(scene):
+    truth, source, *_ = scene
+    nan, inf = float("nan"), float("inf")
+    rows = [  # box, score, label
+        ((2, 2, 9, 9), 0.9, 1), ((2, 2, 9, 9), 0.8, 1), ((2, 3, 9, 9), 0.1, 1),
+        ((3, 3, 8, 8), 0.99, 7), ((3, 3, 8, 8), nan, 7),
+        ((3, 3, nan, 8), 0.95, 1), ((3, 3, 8, 8), nan, 1), ((3, 3, inf, 8), 0.3, 1),
+        ((5, 5, 5, 9), 0.7, 1), ((9, 9, 5, 12), 0.7, 1), ((900, 5, 910, 9), 0.6, 1),
+    ]  # fmt: skip
+
+    def wild(image):
+        boxes, scores, labels = zip(*rows, strict=True)
+        detections = Detections(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores), torch.tensor(labels))
+        return dataclasses.replace(source(image), candidates=detections)
+
+    summary = DumpSummary()
+    dumped = Results.concat(dump_candidates(wild, None, truth, top=5, summary=summary))
+    images = len(truth.images)
+    assert asdict(summary) == {name: images * count for name, count in {
+        "images": 1, "candidates": 11, "records": 2, "other_categories": 2, "not_finite": 3, "beyond": 1, "empty": 2,
+        "outside": 1,
+    }.items()}  # fmt: skip
+    assert len(dumped) == summary.records == summary.candidates - sum(summary.dropped.values())
+    np.testing.assert_allclose(dumped.score[:2], [0.9, 0.8])
+    assert str(summary) == (
+        "4 images; 44 candidates; 8 kept; 36 dropped (8 of other categories, 12 not finite, 4 beyond top, 8 empty, "
+        "4 outside the image)"
+    )
 
 
 def test_categories_must_be_shared(scene):

@@ -19,24 +19,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from iou_refiner.checks import DataError, check_number
+from iou_refiner.checks import DataError, check_choice, check_number
 from iou_refiner.files import to_json, write_whole
 from iou_refiner.head.config import HeadConfig, HeadMetadata
 from iou_refiner.head.iou_head import IoUHead
+from iou_refiner.head.sibling_head import SiblingHead
+from iou_refiner.siblings.config import SiblingConfig
 
-_FORMAT = "iou-refiner head 5"
+_FORMAT = "iou-refiner head 6"
 _MOST_FEATURE_LEVELS, _MOST_CLASSES, _MOST_INPUT_CHANNELS = 32, 100_000, 65_536
 
-T = TypeVar("T", HeadConfig, HeadMetadata)
+#: What a head file may hold: a head that reads features, with or without a network over siblings; or that alone.
+Head = IoUHead | SiblingHead
+
+T = TypeVar("T", HeadConfig, HeadMetadata, SiblingConfig)
 
 
-def save_head(head: IoUHead, path: str | Path) -> None:
+def save_head(head: Head, path: str | Path) -> None:
     """Write a head to a safetensors file, whole or not at all; the same head gives the same bytes."""
-    architecture = {"channels": head.channels, "strides": head.strides, "num_classes": head.num_classes}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     about = {
         "format": _FORMAT,
-        "architecture": architecture | {"config": asdict(head.config)},
+        "kind": _kind(head),
+        "architecture": head.architecture,
         "metadata": asdict(head.metadata),
         "checksum": _checksum(weights),
     }
@@ -45,7 +50,7 @@ def save_head(head: IoUHead, path: str | Path) -> None:
     write_whole(Path(path), safetensors.torch.save(weights, text))
 
 
-def load_head(path: str | Path, *, device: torch.device | str = "cpu") -> IoUHead:
+def load_head(path: str | Path, *, device: torch.device | str = "cpu") -> Head:
     """Read a head written by :func:`save_head`, in inference mode.
 
     Raises:
@@ -99,10 +104,27 @@ def _not_a_head(path: str | Path, error: Exception) -> DataError:
     return DataError(f"{path}: description and weights do not make a head ({what}). {_CURE}")
 
 
-def _read(about: Mapping[str, Any]) -> tuple[dict[str, Any], HeadConfig, HeadMetadata]:
-    """The architecture, config and metadata of a description, each checked by itself."""
-    architecture = dict(about["architecture"])
+def _kind(head: Head) -> str:
+    return "siblings" if isinstance(head, SiblingHead) else "iou"
+
+
+def _read(about: Mapping[str, Any]) -> tuple[type[Head], dict[str, Any]]:
+    """The class of the head and what it is made from, each part checked by itself."""
+    architecture, metadata = dict(about["architecture"]), _made(HeadMetadata, about["metadata"])
+    check_choice("kind", about["kind"], ["iou", "siblings"])
+    siblings = architecture.pop("siblings")
+    siblings = None if siblings is None else _made(SiblingConfig, siblings)
+    if about["kind"] == "siblings":
+        if siblings is None or architecture:
+            raise ValueError("a head without features needs `siblings` in its architecture, and nothing else")
+        return SiblingHead, {"config": siblings, "metadata": metadata}
     config = _made(HeadConfig, architecture.pop("config"))
+    _check_levels(architecture)
+    return IoUHead, {**architecture, "config": config, "metadata": metadata, "siblings": siblings}
+
+
+def _check_levels(architecture: Mapping[str, Any]) -> None:
+    """Raise ValueError unless channels, strides and classes are numbers that a detector may have."""
     unknown = sorted(set(architecture) - {"channels", "strides", "num_classes"})
     if unknown:
         raise ValueError(f"unknown: {', '.join(unknown)}")
@@ -113,17 +135,16 @@ def _read(about: Mapping[str, Any]) -> tuple[dict[str, Any], HeadConfig, HeadMet
         for value in values:
             check_number(name, value, 1 if name == "channels" else 1e-6, most, whole=name == "channels")
     check_number("num_classes", architecture.get("num_classes", 0), 0, _MOST_CLASSES, whole=True)
-    return architecture, config, _made(HeadMetadata, about["metadata"])
 
 
-def _on_meta(about: Mapping[str, Any]) -> IoUHead:
+def _on_meta(about: Mapping[str, Any]) -> Head:
     """The head of a description, with shapes and without memory."""
-    architecture, config, metadata = _read(about)
+    kind, parts = _read(about)
     with torch.device("meta"):
-        return IoUHead(**architecture, config=config, metadata=metadata)
+        return kind(**parts)
 
 
-def _check_shapes(head: IoUHead, path: str | Path) -> None:
+def _check_shapes(head: Head, path: str | Path) -> None:
     """Raise ValueError unless the file holds exactly the tensors of the head."""
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     with safe_open(path, "pt") as file:

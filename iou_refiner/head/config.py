@@ -89,6 +89,8 @@ class HeadMetadata:
         categories: what it was trained on: of each category with annotated objects its ``id`` and ``name`` in the data
             set, and ``label``, the detector's class number. Candidates of other labels keep the detector's own
             suppression, box and score; empty stands for a head that takes all.
+        candidates: of a head without features: what the candidates were like that it was trained on, see
+            :mod:`iou_refiner.siblings.likeness`; what differs from them is refused.
     """
 
     detector_name: str = ""
@@ -98,6 +100,7 @@ class HeadMetadata:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[Mapping[str, Any], ...] = ()
     categories: tuple[TrainedCategory, ...] = ()
+    candidates: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "categories", tuple(self.categories))

@@ -18,7 +18,8 @@ boxes further than the ascent does where there are few images to learn from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from iou_refiner.head.config import HeadConfig, HeadMetadata
 from iou_refiner.head.trunk import Trunk
 from iou_refiner.pooling.functional import assign_levels, prroi_pool
 from iou_refiner.pooling.table import FeatureTable
+from iou_refiner.siblings.config import SiblingConfig
+from iou_refiner.siblings.sibling_net import SiblingNet
 from iou_refiner.structures import FeatureMaps
 
 #: Standard deviations of what regression has to predict (shifts, then log sizes): the deltas are learned in these
@@ -60,6 +63,8 @@ class IoUHead(nn.Module):
         config: the architecture; default :class:`HeadConfig`.
         num_classes: 0 for one class-agnostic IoU; otherwise one for each of the labels 0 to K - 1.
         metadata: the detector it belongs to, recommended settings.
+        siblings: the architecture of the network over siblings that judges the survivors of suppression, with what the
+            trunk makes of them; None for a head without.
 
     Raises:
         ValueError: ``channels`` and ``strides`` disagree, or do not suit ``config``.
@@ -76,6 +81,7 @@ class IoUHead(nn.Module):
         *,
         num_classes: int = 0,
         metadata: HeadMetadata | None = None,
+        siblings: SiblingConfig | None = None,
     ):
         super().__init__()
         self.channels, self.strides = tuple(map(int, channels)), tuple(map(float, strides))
@@ -97,6 +103,15 @@ class IoUHead(nn.Module):
             if output is not None:
                 nn.init.normal_(output.weight, std=0.01)
                 nn.init.zeros_(output.bias)
+        self.siblings = SiblingNet(siblings, embedding=self.trunk.out_features) if siblings else None
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What the head is built from, as plain data."""
+        return {
+            "channels": list(self.channels), "strides": list(self.strides), "num_classes": self.num_classes,
+            "config": asdict(self.config), "siblings": asdict(self.siblings.config) if self.siblings else None,
+        }  # fmt: skip
 
     @property
     def device(self) -> torch.device:

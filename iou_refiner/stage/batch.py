@@ -39,7 +39,7 @@ class FlatBatch:
 
     @classmethod
     def of(
-        cls, candidates: Sequence[Detections], image_sizes: Sequence[tuple[int, int]], device: torch.device
+        cls, candidates: Sequence[Detections], image_sizes: Sequence[tuple[float, float]], device: torch.device
     ) -> FlatBatch:
         """The candidates of all images on one device, clipped to their images.
 

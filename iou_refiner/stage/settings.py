@@ -42,6 +42,9 @@ class StageSettings:
         max_candidates: candidates taken of each image, best scores first; more would take minutes, and are counted.
         all_categories: apply the head to categories that it was not trained on too, instead of leaving these to the
             detector's own suppression. A head that records no categories takes all.
+        siblings: judge the survivors of the detector's kind of suppression by their siblings, in the place of all steps
+            above up to ``final_nms``. Needs a head with a network over siblings.
+        sibling_move: share of the network's deltas by which boxes are then moved.
 
     Raises:
         ValueError: a setting is out of range.
@@ -62,6 +65,8 @@ class StageSettings:
     max_detections: int = 100
     max_candidates: int = 10_000
     all_categories: bool = False
+    siblings: bool = False
+    sibling_move: float = 0.5
 
     def __post_init__(self) -> None:
         check_choice("nms", self.nms, ["iou_guided", "greedy", "none"])
@@ -70,15 +75,16 @@ class StageSettings:
         check_choice("ascent", self.ascent, ["backtracking", "paper"])
         for name in ("ascent_step_size", "max_detections", "max_candidates"):
             check_positive(name, getattr(self, name))
-        for name in ("nms_threshold", "rank_alpha", "score_alpha"):
+        for name in ("nms_threshold", "rank_alpha", "score_alpha", "sibling_move"):
             check_number(name, getattr(self, name), 0, 1)
         for name in ("regression_steps", "ascent_steps", "min_gain", "refine_topk"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
         for name, most in _MOST.items():
             check_number(name, getattr(self, name), 0, most, whole=name not in ("ascent_step_size", "min_gain"))
-        if not isinstance(self.all_categories, bool):
-            raise ValueError(f"`all_categories` must be true or false, got {self.all_categories!r}.")
+        for name in ("all_categories", "siblings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
 
     @classmethod
     def detector_only(cls, *, nms_threshold: float = 0.5) -> StageSettings:
@@ -97,6 +103,11 @@ class StageSettings:
             regression_steps=0, ascent="paper", ascent_steps=5, ascent_step_size=0.5, score_alpha=0.0,
         )  # fmt: skip
 
+    @classmethod
+    def by_siblings(cls, *, move: float = 0.5) -> StageSettings:
+        """The survivors of suppression judged by their siblings, and nothing else."""
+        return cls.detector_only().replace(nms="none", siblings=True, sibling_move=move)
+
     def replace(self, **changes: Any) -> StageSettings:
         """A copy with some settings exchanged; a change to None is no change.
 
@@ -111,4 +122,6 @@ class StageSettings:
     @property
     def refines(self) -> bool:
         """Whether boxes may come out elsewhere than they went in."""
+        if self.siblings:
+            return self.sibling_move > 0
         return self.refine_topk > 0 and (self.regression_steps > 0 or self.ascent_steps > 0)

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from iou_refiner.checks import DataError
-from iou_refiner.coco import GroundTruth
+from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.detector.adapter import Adapter
-from iou_refiner.detector.sources import FeatureCache, FeatureSource
-from iou_refiner.evaluation.ap import or_none
+from iou_refiner.detector.loading import Loading
+from iou_refiner.detector.sources import FeatureSource
 from iou_refiner.head.checkpoint import save_head
 from iou_refiner.head.config import HeadConfig, HeadMetadata, TrainedCategory
 from iou_refiner.head.iou_head import IoUHead
+from iou_refiner.parallel.ranks import current
 from iou_refiner.progress import Progress, no_progress
+from iou_refiner.rescoring import dump_candidates, rescore
+from iou_refiner.siblings.config import SiblingConfig
+from iou_refiner.siblings.sibling_net import SiblingNet
+from iou_refiner.stage.settings import StageSettings
+from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import FeatureMaps
-from iou_refiner.training.before import FEW_VAL_IMAGES, check_objects, trained_categories
+from iou_refiner.training.before import check_objects, trained_categories
+from iou_refiner.training.feature_samples import feature_samples
 from iou_refiner.training.loop import train_head
 from iou_refiner.training.samples import TrainingSet
 from iou_refiner.training.settings import TrainSettings
+from iou_refiner.training.sibling_training import MOST_IMAGES, train_siblings
+from iou_refiner.training.sourcing import Part, training_sources
 from iou_refiner.training.tuning import Choice, choose_settings
 
 
@@ -34,14 +43,20 @@ def train(
     config: HeadConfig | None = None,
     settings: TrainSettings | None = None,
     class_aware: bool = False,
-    cache: Path | None = None,
+    siblings: SiblingConfig | None = SiblingConfig(),  # noqa: B008 - frozen
+    cache: str | Path = "auto",
+    loading: Loading | None = None,
     seed: int = 0,
     resume: bool = False,
+    checkpoint_minutes: float = 10,
     device: torch.device | str = "cpu",
     note: Callable[[str], None] = print,
     progress: Progress = no_progress,
 ) -> list[dict[str, float]]:
-    """Fill the feature cache, make the head, train it, and choose on val what the stage is to do with it.
+    """Find the features, make the head, train it, and choose on val what the stage is to do with it.
+
+    In each of the processes of a run (:func:`~iou_refiner.parallel.ranks.joined`), of which the first one speaks,
+    writes and chooses.
 
     Args:
         adapter: the frozen detector.
@@ -50,49 +65,98 @@ def train(
             choice and its trials are kept in the head.
         output_dir: see :func:`train_head`.
         config: architecture of the head.
-        settings: of the training. The fewer images, the more views pay; the cache grows with them.
+        settings: of the training. The fewer images, the more views pay; a cache grows with them.
         class_aware: one IoU for each of the detector's classes.
-        cache: folder of the feature cache; default ``cache`` in ``output_dir``.
+        siblings: architecture of the network over siblings, which is trained once the rest of the head is; None for a
+            head without.
+        cache: folder of a feature cache; "none" for the live detector in every epoch; "auto" for what is quicker, a
+            cache being ``cache`` in ``output_dir`` (:mod:`iou_refiner.training.sourcing`). The head is the same.
+        loading: how images reach the detector.
         seed: of everything random.
-        resume: see :func:`train_head`.
+        resume, checkpoint_minutes: see :func:`train_head`.
         device: where the head trains.
-        note: told what the cache will cost before it is filled, and what was chosen.
+        note: told what the features will cost before the detector runs for long, and what was chosen.
         progress: see :class:`Progress`.
 
     Returns:
-        One dict of metrics per epoch; the last one also has what the choice of settings measured on val.
+        One dict of metrics per epoch; in the first process, the last one also has what the choice of settings measured
+        on val.
 
     Raises:
         DataError: the data cannot teach (no objects, only crowds, no category that the detector knows), said before the
             detector runs; or as :func:`train_head`.
     """
-    settings = settings or TrainSettings()
+    settings = (settings or TrainSettings()).of(len(train_data[0].images))
+    if not current().first:
+        note, progress = _silent, no_progress
     categories = _check_data(adapter, train_data[0], val_data[0] if val_data else None)
-    store = FeatureCache(cache or output_dir / "cache", adapter)
-    for view in range(settings.views):
-        _fill(store, *train_data, view, note, progress, config)
-    if val_data:
-        _fill(store, *val_data, 0, note, progress)
-    train_set = TrainingSet(store.of(train_data[1]), train_data[0], views=settings.views)
-    features = train_set.load(0)[0].features
-    torch.manual_seed(seed)
-    head = IoUHead(
-        features.channels, features.strides, config, num_classes=max(train_set.labels) + 1 if class_aware else 0,
-        metadata=HeadMetadata(
-            detector_name=adapter.name, fingerprint=adapter.fingerprint(), categories=categories
-        ),
-    ).to(device)  # fmt: skip
-    val = TrainingSet(store.of(val_data[1]), val_data[0]) if val_data else None
-    history = train_head(
-        head, train_set, settings, val=val, seed=seed,
-        output_dir=output_dir, resume=resume, progress=progress,
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sets = _training_sets(
+        adapter, train_data, val_data, settings, config, cache=cache, folder=output_dir, loading=loading or Loading(),
+        note=note, progress=progress,
     )  # fmt: skip
-    if val_data:
-        truth, source = val_data[0], store.of(val_data[1]).load  # all are in the cache by now
-        choice = _choose(head, source, truth, adapter, output_dir, seed, progress)
+    torch.manual_seed(seed)
+    head = _new_head(adapter, sets[0], config, categories, class_aware).to(device)
+    history = train_head(
+        head, sets[0], settings, val=sets[1] if val_data else None, seed=seed, output_dir=output_dir, resume=resume,
+        progress=progress, checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    if siblings and current().first:
+        _listen_to_siblings(head, sets[0], siblings, output_dir, seed, progress)
+    if val_data and current().first:
+        choice = _choose(head, sets[1].source.load, val_data[0], adapter, output_dir, seed, progress)
         history = [*history[:-1], history[-1] | choice.metrics()]
-        _say(choice, len(truth.images), note)
+        choice.say(len(val_data[0].images), note)
+    current().wait()
     return history
+
+
+def _listen_to_siblings(
+    head: IoUHead, train_set: TrainingSet, config: SiblingConfig, output_dir: Path, seed: int, progress: Progress
+) -> None:
+    """Give the trained head a network over siblings, trained on what its trunk makes of the survivors."""
+    images = feature_samples(head, train_set, config, most=MOST_IMAGES, progress=progress)
+    torch.manual_seed(seed)
+    head.siblings = SiblingNet(config, embedding=head.trunk.out_features).to(head.device)
+    train_siblings(head.siblings, images, seed=seed, progress=progress)
+    save_head(head, output_dir / "head.safetensors")
+
+
+def _training_sets(
+    adapter: Adapter,
+    train_data: tuple[GroundTruth, Path],
+    val_data: tuple[GroundTruth, Path] | None,
+    settings: TrainSettings,
+    config: HeadConfig | None,
+    **options: Any,
+) -> list[TrainingSet]:
+    """What is trained on, and what is measured on if there is any; their features are ready to be read."""
+    parts = [Part(*train_data, settings.views_of(len(train_data[0].images)), settings.epochs)]
+    parts += [Part(*val_data, 1, settings.epochs)] if val_data else []
+    sources = training_sources(
+        adapter, parts, check=lambda extraction: _check_fit(config, extraction.features), **options
+    )
+    sets = [TrainingSet(source, part.truth, views=part.views) for source, part in zip(sources, parts, strict=True)]
+    _check_fit(config, sets[0].load(0)[0].features)  # of a cache that was full already
+    return sets
+
+
+def _new_head(
+    adapter: Adapter,
+    train_set: TrainingSet,
+    config: HeadConfig | None,
+    categories: tuple[TrainedCategory, ...],
+    class_aware: bool,
+) -> IoUHead:
+    """An untrained head for the detector's features."""
+    features = train_set.load(0)[0].features
+    about = HeadMetadata(detector_name=adapter.name, fingerprint=adapter.fingerprint(), categories=categories)
+    num_classes = max(train_set.labels) + 1 if class_aware else 0
+    return IoUHead(features.channels, features.strides, config, num_classes=num_classes, metadata=about)
+
+
+def _silent(text: str) -> None:
+    """The note of a process that is not the first."""
 
 
 def _check_data(
@@ -116,47 +180,16 @@ def _choose(
     progress: Progress,
 ) -> Choice:
     """Choose on val what the stage is to do, and keep the choice in the head and its file."""
-    choice = choose_settings(
-        head, source, adapter.category_ids, truth, own_threshold=adapter.nms_threshold, seed=seed, progress=progress
-    )
-    about = head.metadata
-    metrics = {**about.metrics, **{name: or_none(value) for name, value in choice.metrics().items()}}
-    head.metadata = replace(
-        about, recommended=asdict(choice.settings), trials=tuple(choice.trials), metrics=metrics
-    )  # fmt: skip
+    candidates = Results.concat(dump_candidates(source, adapter.category_ids, truth))
+
+    def run(stage_settings: StageSettings) -> Results:
+        stage = Stage(head, stage_settings, own_threshold=adapter.nms_threshold)
+        return Results.concat(rescore(source, adapter.category_ids, stage, candidates, truth))
+
+    choice = choose_settings(head, run, truth, own_threshold=adapter.nms_threshold, seed=seed, progress=progress)
+    choice.keep_in(head)
     save_head(head, output_dir / "head.safetensors")
     return choice
-
-
-def _say(choice: Choice, images: int, note: Callable[[str], None]) -> None:
-    note("Chosen on the validation images: " + ", ".join(f"{k} {v}" for k, v in asdict(choice.settings).items()))
-    if images < FEW_VAL_IMAGES:
-        note(
-            f"The validation set is small ({images} images, about {FEW_VAL_IMAGES} or more are needed): what was "
-            "chosen on it, and its AP, may turn out otherwise on other images."
-        )
-    note(str(choice))
-
-
-def _fill(
-    store: FeatureCache,
-    ground_truth: GroundTruth,
-    folder: Path,
-    view: int,
-    note: Callable[[str], None],
-    progress: Progress,
-    config: HeadConfig | None = None,
-) -> None:
-    features = store.of(folder)
-    total = len(features.missing(ground_truth.images, view=view))
-    for done, extraction in enumerate(features.fill(ground_truth.images, view=view), 1):
-        if done == 1:
-            _check_fit(config, extraction.features)
-            size, of_view = extraction.nbytes(store.dtype) * total / 1e9, f", view {view}" if view else ""
-            note(f"Features of {total:,} images{of_view}: about {size:.2f} GB in {store.folder}")
-        progress(f"extracting view {view}" if view else "extracting", done, total)
-    for text in features.notes():
-        note(text)
 
 
 def _check_fit(config: HeadConfig | None, features: FeatureMaps) -> None:

@@ -1,28 +1,35 @@
 """Choose what the stage does with a head, on images the head was not trained on.
 
-Whether refining boxes, ranking by IoU or changing scores helps depends on the detector: one whose class score already
-knows the IoU has nothing to gain and can lose. So it is measured, one setting after another, and a setting is changed
-only where AP rises by more than noise. What came out best of twenty looks better than it is, and on few images by much:
-so it replaces the detector's own behaviour only where the 95 % interval of its gain lies above zero.
+Whether judging by siblings, refining boxes, ranking by IoU or changing scores helps depends on the detector: one whose
+class score already knows the IoU has nothing to gain and can lose. So it is measured, and a setting is changed only
+where AP rises by more than noise. What came out best of several looks better than it is, and on few images by much: so
+it replaces the detector's own behaviour only where the 95 % interval of its gain lies above zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.detector.sources import FeatureSource
-from iou_refiner.evaluation.ap import evaluate, points
+from iou_refiner.evaluation.ap import evaluate, or_none, points
 from iou_refiner.evaluation.bootstrap import compare
+from iou_refiner.head.checkpoint import Head
 from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.progress import Progress, no_progress
-from iou_refiner.rescoring import dump_candidates, rescore
 from iou_refiner.stage.settings import StageSettings
-from iou_refiner.stage.stage import Stage
+from iou_refiner.training.before import FEW_VAL_IMAGES
 
-# Where the search starts: what a detector does by itself, written as IoU-guided NMS that ranks by the class score.
+#: Puts the validation images through a stage of these settings.
+Run = Callable[[StageSettings], Results]
+
+# By siblings: a head with a network over them has little to search.
+_MOVES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Tried beside them where the head reads features: the defaults by the predicted IoU, without and with the ascent.
+_BY_IOU = (StageSettings(ascent_steps=0), StageSettings())
+# By the predicted IoU: where the search starts, which is what a detector does by itself, written as IoU-guided NMS that
+# ranks by the class score.
 _START = StageSettings.detector_only().replace(nms="iou_guided", final_nms="iou_guided")
 _SOFT: dict[str, Any] = {"nms": "iou_guided", "final_nms": "soft"}
 # Tried in this order, each line from the best so far; within a line the cheaper and milder come first.
@@ -69,6 +76,27 @@ class Choice:
         names = ("val_AP_detector", "val_AP_chosen", "val_AP_best", "val_AP_gain_low", "val_AP_gain_high")
         return dict(zip(names, (self.before, self.after, self.best, low, high), strict=True))
 
+    def keep_in(self, head: Head) -> None:
+        """Keep settings, trials and numbers in the head's metadata."""
+        about = head.metadata
+        measured = {name: or_none(value) for name, value in self.metrics().items()}
+        head.metadata = replace(
+            about,
+            recommended=asdict(self.settings),
+            trials=tuple(self.trials),
+            metrics={**about.metrics, **measured},
+        )
+
+    def say(self, images: int, note: Callable[[str], None]) -> None:
+        """Tell what was chosen on so many images, and how far that can be trusted."""
+        note("Chosen on the validation images: " + ", ".join(f"{k} {v}" for k, v in asdict(self.settings).items()))
+        if images < FEW_VAL_IMAGES:
+            note(
+                f"The validation set is small ({images} images, about {FEW_VAL_IMAGES} or more are needed): what was "
+                "chosen on it, and its AP, may turn out otherwise on other images."
+            )
+        note(str(self))
+
     def __str__(self) -> str:
         low, high = self.interval
         spread = f"[{points(low, '+')}, {points(high, '+')}]"
@@ -89,46 +117,62 @@ def own_behaviour(nms_threshold: float | None) -> StageSettings:
 
 
 def choose_settings(
-    head: IoUHead,
-    source: FeatureSource,
-    category_ids: Mapping[int, int] | None,
+    head: Head,
+    run: Run,
     ground_truth: GroundTruth,
     *,
     own_threshold: float | None = 0.5,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Choice:
-    """The settings of the stage with the highest AP by coordinate search, where they surely gain.
+    """The settings of the stage with the highest AP, where they surely gain.
+
+    A head with a network over siblings is tried with that, in five to seven passes over the images; another one by a
+    coordinate search over everything else, in eighteen.
 
     Args:
         head: the trained head.
-        source, category_ids, ground_truth: see :func:`dump_candidates`; images the head was not trained on.
+        run: gives the results of settings, on images the head was not trained on.
+        ground_truth: their annotation.
         own_threshold: of the detector's own greedy NMS, see :class:`Stage`.
         seed: of the bootstrap.
         progress: called after each trial, in the phase "choosing settings".
     """
-    candidates = Results.concat(dump_candidates(source, category_ids, ground_truth))
-    record: list[dict[str, Any]] = []
-    total = 1 + sum(map(len, _TRIALS))
+    by_siblings = [StageSettings.by_siblings(move=move) for move in _MOVES]
+    by_siblings += _BY_IOU if isinstance(head, IoUHead) else ()
+    search = _Search(run, ground_truth, 1 + (len(by_siblings) if head.siblings else sum(map(len, _TRIALS))), progress)
+    own = own_behaviour(own_threshold)
+    before, before_ap = search.tried(own)
+    if head.siblings:
+        search.better(by_siblings)
+    else:
+        for trials in _TRIALS:
+            start = search.best
+            search.better([start.replace(**trial) for trial in trials])
+    interval = compare(before, search.results or before, ground_truth, seed=seed).intervals["AP"]
+    sure = interval[0] > 0
+    return Choice(search.best if sure else own, search.record, before_ap, search.highest, interval, sure)
 
-    def tried(settings: StageSettings) -> tuple[Results, float]:
-        stage = Stage(head, settings, own_threshold=own_threshold)
-        results = Results.concat(rescore(source, category_ids, stage, candidates, ground_truth))
-        metrics = evaluate(results, ground_truth).metrics
-        record.append({**asdict(settings), "AP": metrics["AP"], "AP50": metrics["AP50"]})
-        progress("choosing settings", len(record), total)
+
+class _Search:
+    """The best settings so far, and all that were tried."""
+
+    def __init__(self, run: Run, ground_truth: GroundTruth, total: int, progress: Progress):
+        self._run, self._ground_truth, self._total, self._progress = run, ground_truth, total, progress
+        self.record: list[dict[str, Any]] = []
+        self.best, self.highest = _START, -1.0
+        self.results: Results | None = None
+
+    def tried(self, settings: StageSettings) -> tuple[Results, float]:
+        results = self._run(settings)
+        metrics = evaluate(results, self._ground_truth).metrics
+        self.record.append({**asdict(settings), "AP": metrics["AP"], "AP50": metrics["AP50"]})
+        self._progress("choosing settings", len(self.record), self._total)
         return results, metrics["AP"]
 
-    own = own_behaviour(own_threshold)
-    before, before_ap = tried(own)
-    best, after, highest = _START, before, -1.0
-    for trials in _TRIALS:
-        start = best
-        for trial in trials:
-            settings = start.replace(**trial)
-            results, ap = tried(settings)
-            if ap > highest + _NOISE:
-                best, after, highest = settings, results, ap
-    interval = compare(before, after, ground_truth, seed=seed).intervals["AP"]
-    sure = interval[0] > 0
-    return Choice(best if sure else own, record, before_ap, highest, interval, sure)
+    def better(self, trials: list[StageSettings]) -> None:
+        """Try each, and keep the best where it is better by more than noise."""
+        for settings in trials:
+            results, ap = self.tried(settings)
+            if ap > self.highest + _NOISE:
+                self.best, self.results, self.highest = settings, results, ap

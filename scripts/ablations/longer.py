@@ -1,9 +1,9 @@
-"""Ablation 9: what of ablations 1 to 4 lasts, in heads trained as long as that of the README.
+"""Ablation 9: what of ablations 1 to 4 lasts, in heads trained as long as that of docs/gains.md.
 
     python -m scripts.ablations.longer --cache cache/faster_rcnn --heads "mix 0=runs/unmixed/head.safetensors" ...
 
-Trains nothing: each head is made by the command of the README with the options that its name gives, and is measured on
-val in what every head of a training ablation is measured in.
+Trains nothing: each head is made by the command of docs/gains.md with the options that its name gives, and is measured
+on val in what every head of a training ablation is measured in.
 """
 
 from __future__ import annotations

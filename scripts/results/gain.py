@@ -1,4 +1,4 @@
-"""What each part of the stage adds to a detector: the tables of the README.
+"""What each part of the stage adds to a detector: the tables of docs/gains.md.
 
     python -m scripts.results.gain DETECTOR HEAD --cache CACHE [--data FOLDER] [--split test] [--tune] [--json FILE]
 

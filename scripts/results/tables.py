@@ -1,11 +1,12 @@
-"""The tables of the README and of docs/, from the records in docs/results.
+"""The tables of docs/, from the records in docs/results.
 
     python -m scripts.results.tables          # rewrites what stands between the marks
     python -m scripts.results.tables --check  # fails if a document says something else than the records
 
 ``<!-- ablation NAME DETECTOR -->`` to ``<!-- end -->`` holds the rows of an ablation: means over seeds, with the
 standard deviation where there are several. ``<!-- gain NAME -->`` holds docs/results/NAME.json, which ``python -m
-scripts.results.gain --json`` wrote, ``<!-- bench NAME OTHER -->`` two such files of ``python -m scripts.bench --json``.
+scripts.results.gain --json`` wrote, ``<!-- siblings NAME -->`` one that ``python -m scripts.results.siblings --json``
+wrote, and ``<!-- bench NAME OTHER -->`` two of ``python -m scripts.bench --json``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from scripts.ablations.records import Records, Row, value_of
 from scripts.paths import RESULTS, ROOT
 
 RECORDS = Records()
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "performance.md")
-_MARKED = re.compile(r"(<!-- (ablation|gain|bench) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("gains.md", "siblings.md", "accuracy.md", "performance.md"))
+_MARKED = re.compile(r"(<!-- (ablation|gain|siblings|bench) ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # Heading, where the figure stands in a row, factor, decimals.
 Column = tuple[str, str, float, int]
@@ -84,13 +86,29 @@ def gain(name: str) -> str:
     body = []
     for variant, row in rows.items():
         values = [f"{100 * row['after']['metrics'][metric]:.1f}" for metric in _GAIN_AT]
-        changes = [
-            "" if variant == "detector" else f"{100 * row['differences'][m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            for m in ("AP", "AP50", "AP90")
-            for low, high in [row["intervals"][m]]
-        ]
+        changes = ["" if variant == "detector" else _change(row, metric) for metric in ("AP", "AP50", "AP90")]
         body.append([f"**{variant}**" if variant == "as chosen on val" else variant, *values, *changes])
     return markdown(heading, body)
+
+
+def siblings(name: str) -> str:
+    """What a network over siblings adds to saved candidates."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    metrics = ("AP", "AP50", "AP75", "AP90")
+    body = [
+        [
+            variant, *(f"{100 * row['after']['metrics'][metric]:.1f}" for metric in metrics),
+            *("" if variant == "greedy NMS" else _change(row, metric) for metric in metrics),
+            f"{1000 * row['cpu_seconds']:.0f}",
+        ]
+        for variant, row in rows.items()
+    ]  # fmt: skip
+    return markdown(["", *metrics, "ΔAP [95 %]", "ΔAP50", "ΔAP75", "ΔAP90", "CPU ms / image"], body)
+
+
+def _change(row: dict[str, Any], metric: str) -> str:
+    low, high = row["intervals"][metric]
+    return f"{100 * row['differences'][metric]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def bench(name: str, other: str) -> str:
@@ -118,7 +136,7 @@ def markdown(heading: list[str], body: list[list[str]]) -> str:
 
 def filled(document: str) -> str:
     """A document with every marked table made anew."""
-    make = {"ablation": ablation, "gain": gain, "bench": bench}
+    make = {"ablation": ablation, "gain": gain, "siblings": siblings, "bench": bench}
     return _MARKED.sub(lambda mark: mark[1] + make[mark[2]](*mark[3].split()) + mark[4], document)
 
 

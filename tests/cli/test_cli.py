@@ -119,6 +119,13 @@ class TestSurface:
             (("eval", "--bootstrap", "-1"), "--bootstrap"),
             (("validate", "--max-examples", "-1"), "--max-examples"),
             (("doctor", "--seed", "-1"), "--seed"),
+            (("train", "--epochs", "1.5"), "--epochs: expected a whole number, got 1.5"),
+            (("train", "--hidden", "16", "--hidden", "8.0"), "--hidden: expected a whole number, got 8.0"),
+            (("rescore", "--ascent-steps", "2.5"), "--ascent-steps: expected a whole number, got 2.5"),
+            (("dump", "--top", "3.0"), "--top: expected a whole number, got 3.0"),
+            (("eval", "--bootstrap", "1.5"), "--bootstrap: expected a whole number, got 1.5"),
+            (("eval", "--max-dets", "1e2"), "--max-dets"),
+            (("validate", "--max-examples", ".5"), "--max-examples: expected a whole number, got .5"),
         ],
     )
     def test_wrong_values_are_usage_errors_that_name_the_option_or_the_setting(self, run, trained, words, message):
@@ -274,6 +281,8 @@ class TestThreeJobs:
             ("config.ini", "", "--config config.ini: expected a .toml, .yaml or .json file"),
             ("wrong.json", '{"train": {"levels": 0}}', "`levels` must be a finite number above 0, got 0"),
             ("wrong.toml", "[train]\nepochs = 'many'\n", "epochs"),
+            ("half.toml", "[train]\nepochs = 1.5\n", "epochs]: expected a whole number, got 1.5"),
+            ("half.json", '{"train": {"hidden": [8, 4.5]}}', "hidden]: expected a whole number, got 4.5"),
         ],
     )
     def test_a_config_that_cannot_be_used_is_a_usage_error(self, run, home, name, content, message):
@@ -288,23 +297,28 @@ class TestThreeJobs:
         monkeypatch.setenv("IOU_REFINER_DUMP_TOP", "2")
         run("dump", *DATA, "-o", "two.json")
         assert len(read_results("two.json")) == 16
+        monkeypatch.setenv("IOU_REFINER_DUMP_TOP", "2.5")
+        status, _, err = run("dump", *DATA, "-o", "half.json")
+        assert (status, "IOU_REFINER_DUMP_TOP: expected a whole number, got 2.5" in err) == (2, True)
+        assert run("dump", *DATA, "-o", "three.json", "--top", "3")[0] == 0  # the command line comes first
 
     def test_the_head_describes_itself(self, run, trained):
         status, out, _ = run("info", trained, "--json")
         about = json.loads(out)
         assert status == 0
         assert about.keys() == {
-            "architecture", "detector", "training", "metrics", "recommended", "categories", "trials",
+            "architecture", "siblings", "detector", "training", "metrics", "recommended", "categories", "trials",
         }  # fmt: skip
         assert about["architecture"]["width"] == 4
         assert about["architecture"]["channels"] == [4, 4]
+        assert about["siblings"]["attention_heads"] == 4
         assert about["detector"]["name"] == "ToyDetector"
         assert about["training"]["epochs"] == 8
         assert "pearson" in about["metrics"]
         assert {frozenset(trial) for trial in about["trials"]} == {frozenset([*about["recommended"], "AP", "AP50"])}
         assert about["categories"] == [{"id": 1, "name": "rectangle", "label": 1}]
         text = run("info", trained)[1]
-        for line in ("width: 4", "1: rectangle (label 1)", "trials on val, AP and AP50", "rank_alpha 0.25"):
+        for line in ("width: 4", "1: rectangle (label 1)", "trials on val, AP and AP50", "sibling_move 0.75"):
             assert line in text
 
     def test_a_file_already_suppressed_is_pointed_out(self, run, trained, home):

@@ -23,7 +23,7 @@ from iou_refiner.head.config import HeadConfig, HeadMetadata, TrainedCategory
 from iou_refiner.head.iou_head import IoUHead
 from tests.kit.heads import make_boxes, make_features, make_head
 
-FORMAT = "iou-refiner head 5"
+FORMAT = "iou-refiner head 6"
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -118,8 +118,10 @@ def test_a_head_describes_itself_without_its_weights(tmp_path: Path) -> None:
     save_head(head, path)
     about = describe_head(path)
     assert about["format"] == FORMAT
-    assert about["architecture"].keys() == {"channels", "strides", "num_classes", "config"}
+    assert about["architecture"].keys() == {"channels", "strides", "num_classes", "config", "siblings"}
+    assert about["kind"] == "iou"
     assert about["architecture"]["config"] == {**asdict(head.config), "hidden": [16]}
+    assert about["architecture"]["siblings"] is None
     assert about["metadata"] == {**asdict(METADATA), "trials": list(METADATA.trials), "categories": []}
 
 
@@ -199,7 +201,7 @@ def test_a_foreign_file_is_named(tmp_path: Path, about: Any) -> None:
     path = tmp_path / "other.safetensors"
     written_by_hand(path, about, {"weight": torch.zeros(2)})
     with pytest.raises(
-        DataError, match=r"not a head of this version \(format (None|'.*'), need 'iou-refiner head 5'\)"
+        DataError, match=r"not a head of this version \(format (None|'.*'), need 'iou-refiner head 6'\)"
     ):
         load_head(path)
 
@@ -221,8 +223,9 @@ def test_a_description_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def described(head: IoUHead) -> dict[str, Any]:
     architecture = {"channels": head.channels, "strides": head.strides, "num_classes": head.num_classes}
-    about = {"architecture": architecture | {"config": asdict(head.config)}, "metadata": asdict(head.metadata)}
-    return json.loads(json.dumps({"format": FORMAT, **about}))
+    architecture |= {"config": asdict(head.config), "siblings": None}
+    about = {"format": FORMAT, "kind": "iou", "architecture": architecture, "metadata": asdict(head.metadata)}
+    return json.loads(json.dumps(about))
 
 
 BROKEN: list[tuple[tuple[str, ...], dict[str, Any]]] = [
@@ -237,7 +240,13 @@ BROKEN: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("architecture",), {"strides": [8.0]}),
     (("architecture",), {"num_classes": 7}),
     (("architecture",), {"colour": "red"}),
+    (("architecture",), {"siblings": {}}),
+    (("architecture",), {"siblings": 3}),
+    ((), {"kind": "siblings"}),
+    ((), {"kind": "other"}),
+    ((), {"kind": None}),
     (("metadata",), {"colour": "red"}),
+    (("metadata",), {"candidates": 3}),
     (("metadata",), {"trials": 3}),
     (("metadata",), {"detector_name": None}),
 ]

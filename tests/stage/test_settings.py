@@ -19,6 +19,7 @@ from iou_refiner.head.config import HeadMetadata
 from iou_refiner.stage.ascent import refine_boxes_paper
 from iou_refiner.stage.nms import iou_guided_nms, nms
 from iou_refiner.stage.soft_nms import soft_nms
+from tests.kit.fixtures import relabelled
 from tests.kit.reference import iou_guided_nms_reference
 from tests.kit.toys import SIZE, OracleHead, ToyDetector, ToyScene, make_scene
 
@@ -26,11 +27,7 @@ from tests.kit.toys import SIZE, OracleHead, ToyDetector, ToyScene, make_scene
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> ToyScene:
     """Boxes of two classes, which come at random."""
-    scene = make_scene(tmp_path_factory.mktemp("scene"))
-    generator = torch.Generator().manual_seed(3)
-    labels = [torch.randint(1, 3, (len(c),), generator=generator) for c in scene.candidates]
-    candidates = [c.replace(labels=label) for c, label in zip(scene.candidates, labels, strict=True)]
-    return scene._replace(candidates=candidates)
+    return relabelled(make_scene(tmp_path_factory.mktemp("scene")), 2)
 
 
 def opinionated_head(**config: Any) -> IoUHead:

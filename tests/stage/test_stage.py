@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from iou_refiner import Detections, FeatureMaps, HeadConfig, IoUHead, Stage, StageSettings, soft_nms
+from iou_refiner import Detections, FeatureMaps, Stage, StageSettings, soft_nms
 from iou_refiner.boxes import paired_iou, pairwise_iou
 from iou_refiner.head.iou_head import Prediction
-from tests.kit.toys import SIZE, OracleHead, ToyDetector, ToyScene, make_scene
+from tests.kit import fixtures
+from tests.kit.toys import SIZE, OracleHead, ToyDetector
 
 # Algorithm 1, and the class score left alone.
 PLAIN = StageSettings(
@@ -21,14 +22,7 @@ GREEDY = PLAIN.replace(nms="greedy", final_nms="greedy")
 NONE = PLAIN.replace(nms="none", final_nms="none")
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> ToyScene:
-    return make_scene(tmp_path_factory.mktemp("scene"))
-
-
-@pytest.fixture
-def head() -> IoUHead:
-    return IoUHead((4, 4), (1, 2), HeadConfig(width=3, hidden=(16,), output_size=3)).eval()
+scene, head = fixtures.scene, fixtures.head
 
 
 class Ordered(OracleHead):

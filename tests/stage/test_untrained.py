@@ -12,17 +12,14 @@ from hypothesis import strategies as st
 from iou_refiner import DataError, Detections, FeatureMaps, HeadConfig, IoUHead, Stage, StageSettings
 from iou_refiner.head.config import HeadMetadata, TrainedCategory
 from iou_refiner.stage.nms import nms
+from tests.kit.fixtures import relabelled
 from tests.kit.toys import ToyScene, make_scene
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> ToyScene:
     """Boxes of the labels 1 to 3, which come at random."""
-    scene = make_scene(tmp_path_factory.mktemp("scene"))
-    generator = torch.Generator().manual_seed(3)
-    labels = [torch.randint(1, 4, (len(c),), generator=generator) for c in scene.candidates]
-    candidates = [c.replace(labels=label) for c, label in zip(scene.candidates, labels, strict=True)]
-    return scene._replace(candidates=candidates)
+    return relabelled(make_scene(tmp_path_factory.mktemp("scene")), 3)
 
 
 def trained_on(*labels: int, num_classes: int = 0) -> IoUHead:

@@ -11,9 +11,12 @@ import torch
 from iou_refiner import DataError, HeadConfig, IoUHead, TrainSettings, fingerprint, load_head, train_head
 from iou_refiner.coco import Image
 from iou_refiner.detector.sources import FeatureCache
+from iou_refiner.pooling.table import FeatureTable
+from iou_refiner.training import loop
 from iou_refiner.training.loop import measure
 from iou_refiner.training.losses import total_loss
-from iou_refiner.training.samples import TrainingSet, sample_boxes
+from iou_refiner.training.samples import TrainingSet, collate, sample_boxes
+from iou_refiner.training.step import train_step
 from tests.kit.toys import ToyData, make_cached
 
 SETTINGS = TrainSettings(epochs=2, batch_size=4, boxes_per_image=24, lr=3e-3)
@@ -92,6 +95,126 @@ def test_stopped_and_resumed_ends_with_the_same_head(toy, tmp_path):
     assert [m["epoch"] for m in history] == [1, 2, 3]
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_a_checkpoint_within_an_epoch_is_gone_on_with(toy, tmp_path):
+    _, truth, _, cache = toy
+    data, settings = TrainingSet(cache, truth), replace(SETTINGS, epochs=2, batch_size=3)
+    whole = train_head(head(), data, settings, output_dir=tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(phase: str, done: int, total: int) -> None:
+        if done == 7:  # of 8; before it is kept
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_head(head(), data, settings, output_dir=tmp_path / "cut", progress=kill, checkpoint_minutes=1e-9)
+    seen = []
+    history = train_head(
+        head(seed=9), data, settings, output_dir=tmp_path / "cut", resume=True, progress=lambda *said: seen.append(said)
+    )
+    assert seen == [("training", 7, 8), ("training", 8, 8)]
+    assert [entry["loss"] for entry in history] == [entry["loss"] for entry in whole]
+    first, second = ((tmp_path / name / "head.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert first == second
+
+
+def test_checkpoints_are_as_far_apart_as_is_said(toy, tmp_path):
+    _, truth, _, cache = toy
+    saves = []
+    for minutes in (1e-9, 60):
+        states = set()
+
+        def look(*_, states=states) -> None:
+            if (tmp_path / "last.pt").exists():
+                states.add((tmp_path / "last.pt").stat().st_ino)
+
+        settings = replace(SETTINGS, epochs=1)
+        train_head(
+            head(), TrainingSet(cache, truth), settings, output_dir=tmp_path, progress=look, checkpoint_minutes=minutes
+        )
+        saves.append(len(states))
+        (tmp_path / "last.pt").unlink()
+    assert saves == [2, 0]  # three steps; what was kept after the last is not seen
+
+
+@pytest.mark.parametrize("begun", [5, "much", {"steps": "1"}, {"steps": -1}, {"what": 1}, {"boxes": 1.5}])
+def test_a_damaged_note_of_how_far_an_epoch_came_is_refused(toy, tmp_path, begun):
+    _, truth, _, cache = toy
+    data = TrainingSet(cache, truth)
+    train_head(head(), data, SETTINGS, output_dir=tmp_path)
+    state = torch.load(tmp_path / "last.pt")
+    torch.save(state | {"begun": begun}, tmp_path / "last.pt")
+    with pytest.raises(DataError, match=r"last\.pt is damaged or no state of a training"):
+        train_head(head(), data, SETTINGS, output_dir=tmp_path, resume=True)
+
+
+def test_the_gradient_is_that_of_the_loss_of_the_whole_batch(toy):
+    """Image by image or all at once: the same up to the order of sums."""
+    _, truth, _, cache = toy
+    data, ours = TrainingSet(cache, truth), head()
+    loaded = [data.load(row) for row in range(5)]
+    samples = [
+        sample_boxes(*each, 20, candidate_share=0.5, jitter_min_iou=0.2, generator=torch.Generator().manual_seed(row))
+        for row, each in enumerate(loaded)
+    ]
+    samples[2] = samples[2][:0]  # an image without boxes
+    batch, image_index = collate(samples)
+    table = FeatureTable.concat([ours.encode(extraction.features) for extraction, _ in loaded])
+    value = total_loss(ours, ours.roi_embedding(table, batch.boxes, image_index), batch, image_index)
+    value.backward()
+    expected = {name: weight.grad.clone() for name, weight in ours.named_parameters()}
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    extractions = [extraction for extraction, _ in loaded]
+    assert train_step(ours, extractions, samples, [1, 2, 3, 4, 5], total_loss, optimizer) == (
+        pytest.approx(value.item(), rel=1e-5), len(batch),
+    )  # fmt: skip
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(
+            weight.grad, expected[name], rtol=1e-3, atol=1e-5 * expected[name].abs().max().item()
+        )
+
+
+def test_weights_that_have_no_part_in_the_loss_are_left_alone(toy):
+    _, truth, _, cache = toy
+    trained = head()
+
+    def loss(head, embedding, samples, image_index):
+        return head.iou_logits(embedding).square().mean()
+
+    before = {name: weight.clone() for name, weight in trained.named_parameters()}
+    train_head(trained, TrainingSet(cache, truth), replace(SETTINGS, epochs=1, weight_decay=0.5), loss=loss)
+    changed = {name for name, weight in trained.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if not name.startswith(("ranking_output", "deltas_output"))}
+
+
+def test_the_boxes_of_an_image_do_not_depend_on_the_batch_it_is_in(toy):
+    _, truth, _, cache = toy
+    drawn: list[dict[int, torch.Tensor]] = []
+    for batch_size in (3, 5):
+        seen: dict[int, torch.Tensor] = {}
+
+        def sample(extraction, targets, seen=seen, **settings):
+            seen[extraction.image_id] = sample_boxes(extraction, targets, **settings)
+            return seen[extraction.image_id]
+
+        settings = replace(SETTINGS, epochs=1, batch_size=batch_size)
+        train_head(head(), TrainingSet(cache, truth), settings, sample=sample)
+        drawn.append({image: samples.boxes for image, samples in seen.items()})
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(boxes, drawn[1][image]) for image, boxes in drawn[0].items())
+
+
+def test_measuring_is_bounded_and_spread_over_all_images(toy, monkeypatch):
+    _, truth, _, cache = toy
+    monkeypatch.setattr(loop, "_MEASURED_IMAGES", 5)
+    data = TrainingSet(cache, truth)
+    assert [image.id for image, _ in loop._some(data).items] == [1, 3, 6, 9, 12]
+    assert len(data) == 12
+    monkeypatch.setattr(loop, "_MEASURED_IMAGES", 12)
+    assert loop._some(data) is data
 
 
 def test_resuming_with_other_settings_is_refused(toy, tmp_path):

@@ -25,8 +25,8 @@ def from_images_to_file(tmp_path, **options):
     path, detector = make_dataset(folder, 12)
     truth = read_ground_truth(path)
     history = train(
-        detector, (truth, folder), (truth, folder), output_dir=tmp_path / "run", config=CONFIG, settings=SETTINGS,
-        **options,
+        detector, (truth, folder), (truth, folder), output_dir=tmp_path / "run", cache=tmp_path / "run" / "cache",
+        config=CONFIG, settings=SETTINGS, **options,
     )  # fmt: skip
     return truth, detector, history
 
@@ -51,8 +51,8 @@ def test_from_images_to_file(tmp_path):
     data = TrainingSet(FeatureCache(tmp_path / "run" / "cache", detector).of(tmp_path / "images"), truth)
     assert history[-1]["pearson"] == pytest.approx(measure(loaded, data)["pearson"])
     assert loaded.metadata.metrics["pearson"] == history[-1]["pearson"]
-    assert "Features of 12 images: about 0.00 GB" in said[0]
-    names = ["extracting", *(f"extracting view {n}" for n in (1, 2, 3)), "training", "choosing settings"]
+    assert "Features of 60 views of images: about 0.00 GB" in said[0]
+    names = ["extracting", "training", "looking at siblings", "training on siblings", "choosing settings"]
     assert list(dict.fromkeys(phase for phase, _, _ in phases)) == names
     for name in names:
         counts = [(done, total) for phase, done, total in phases if phase == name]
@@ -87,6 +87,6 @@ def test_without_val_nothing_is_recommended(tmp_path):
     assert loaded.metadata.recommended == {}
     assert loaded.metadata.trials == ()
     assert loaded.num_classes == 0
-    assert Stage(loaded).settings == StageSettings()
+    assert Stage(loaded).settings == StageSettings.by_siblings()
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"head.safetensors", "last.pt", "metrics.jsonl"}

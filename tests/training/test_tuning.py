@@ -6,16 +6,21 @@ import re
 from dataclasses import asdict
 from itertools import cycle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from iou_refiner.coco import GroundTruth, read_ground_truth, xywh_to_xyxy
+from iou_refiner.coco import GroundTruth, Results, read_ground_truth, xywh_to_xyxy
 from iou_refiner.detector.sources import feature_source
+from iou_refiner.head.checkpoint import Head
 from iou_refiner.head.iou_head import Prediction
+from iou_refiner.head.sibling_head import SiblingHead
+from iou_refiner.rescoring import dump_candidates, rescore
 from iou_refiner.stage.settings import StageSettings
+from iou_refiner.stage.stage import Stage
 from iou_refiner.training import tuning
-from iou_refiner.training.tuning import choose_settings, own_behaviour
+from iou_refiner.training.tuning import Choice, choose_settings, own_behaviour
 from tests.kit.toys import OracleHead, make_dataset
 
 
@@ -23,7 +28,18 @@ from tests.kit.toys import OracleHead, make_dataset
 def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
     path, detector = make_dataset(folder, 6)
-    return read_ground_truth(path), feature_source(detector, folder)
+    truth, source = read_ground_truth(path), feature_source(detector, folder)
+    return truth, source, Results.concat(dump_candidates(source, None, truth))
+
+
+def choose(head: Head, scene: Any, **options: Any) -> Choice:
+    """What is chosen for a head on the toy data set."""
+    truth, source, candidates = scene
+
+    def run(stage_settings: StageSettings) -> Results:
+        return Results.concat(rescore(source, None, Stage(head, stage_settings), candidates, truth))
+
+    return choose_settings(head, run, truth, **options)
 
 
 class PerImage(OracleHead):
@@ -49,8 +65,7 @@ class PerImage(OracleHead):
 
 
 def test_a_head_that_knows_is_put_to_use(scene):
-    truth, source = scene
-    choice = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    choice = choose(PerImage(scene[0], knows=True), scene)
     chosen, record = choice.settings, choice.trials
     assert chosen.rank_alpha > 0
     assert chosen.ascent_steps > 0
@@ -65,8 +80,7 @@ def test_a_head_that_knows_is_put_to_use(scene):
 
 
 def test_a_head_that_misleads_is_left_out(scene):
-    truth, source = scene
-    choice = choose_settings(PerImage(truth, knows=False), source, None, truth)
+    choice = choose(PerImage(scene[0], knows=False), scene)
     chosen, record = choice.settings, choice.trials
     assert chosen.rank_alpha == 0
     assert chosen.regression_steps == 0
@@ -76,21 +90,19 @@ def test_a_head_that_misleads_is_left_out(scene):
 
 
 def test_a_setting_is_not_changed_for_a_trifle(scene, monkeypatch):
-    truth, source = scene
     trifles = cycle([0.0, 0.0009, 0.0004])
     monkeypatch.setattr(
         tuning, "evaluate", lambda *_: SimpleNamespace(metrics={"AP": 0.3 + next(trifles), "AP50": 0.5})
     )
-    choice = choose_settings(PerImage(truth, knows=True), source, None, truth)
+    choice = choose(PerImage(scene[0], knows=True), scene)
     chosen, record = choice.settings, choice.trials
     assert asdict(chosen) == {name: value for name, value in record[0].items() if name not in ("AP", "AP50")}
 
 
 @pytest.mark.parametrize("low", [-0.004, 0.0, float("nan")])
 def test_a_gain_that_is_not_sure_leaves_the_detector_as_it_is(scene, monkeypatch, low):
-    truth, source = scene
     monkeypatch.setattr(tuning, "compare", lambda *_, **__: SimpleNamespace(intervals={"AP": (low, 0.3)}))
-    choice = choose_settings(PerImage(truth, knows=True), source, None, truth, own_threshold=0.6)
+    choice = choose(PerImage(scene[0], knows=True), scene, own_threshold=0.6)
     assert choice.settings == StageSettings.detector_only(nms_threshold=0.6)
     assert not choice.sure
     assert choice.after == choice.before < choice.best
@@ -104,9 +116,64 @@ def test_a_detector_without_nms_does_not_get_one():
 
 
 def test_progress_counts_every_trial(scene):
-    truth, source = scene
     seen = []
-    record = choose_settings(
-        PerImage(truth, knows=True), source, None, truth, progress=lambda *said: seen.append(said)
-    ).trials
+    record = choose(PerImage(scene[0], knows=True), scene, progress=lambda *said: seen.append(said)).trials
     assert seen == [("choosing settings", n, len(record)) for n in range(1, len(record) + 1)]
+
+
+class ByMove:
+    """An evaluation that knows the AP of the detector and of each move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, own: float, moves: list[float], low: float):
+        self.aps = dict(zip((0.0, 0.25, 0.5, 0.75, 1.0), moves, strict=True))
+        self.own, self.compared = own, []
+
+        def evaluate(settings: StageSettings, _: GroundTruth) -> Any:
+            ap = self.aps[settings.sibling_move] if settings.siblings else self.own
+            return SimpleNamespace(metrics={"AP": ap, "AP50": 0.9})
+
+        def compare(before: StageSettings, after: StageSettings, *_: Any, **__: Any) -> Any:
+            self.compared.append((before, after))
+            return SimpleNamespace(intervals={"AP": (low, 0.3)})
+
+        monkeypatch.setattr(tuning, "evaluate", evaluate)
+        monkeypatch.setattr(tuning, "compare", compare)
+
+
+@pytest.mark.parametrize(
+    ("moves", "best"),
+    [
+        ([0.31, 0.34, 0.36, 0.35, 0.30], 0.5),
+        ([0.31, 0.3104, 0.3109, 0.3, 0.3], 0.0),  # not changed for a trifle
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 1.0),
+    ],
+)
+def test_of_a_head_that_listens_to_siblings_the_best_move_is_taken(scene, monkeypatch, moves, best):
+    known = ByMove(monkeypatch, 0.3, moves, low=0.002)
+    choice = choose_settings(SiblingHead(), lambda settings: settings, scene[0], own_threshold=0.6)
+    assert choice.settings == StageSettings.by_siblings(move=best)
+    assert known.compared == [(StageSettings.detector_only(nms_threshold=0.6), choice.settings)]
+    assert [trial["AP"] for trial in choice.trials] == [0.3, *moves]
+    assert [trial["siblings"] for trial in choice.trials] == [False] + [True] * 5
+    assert (choice.before, choice.after) == (0.3, known.aps[best])
+
+
+@pytest.mark.parametrize("low", [-0.001, 0.0, float("nan")])
+def test_siblings_that_do_not_surely_gain_leave_the_detector_as_it_is(scene, monkeypatch, low):
+    ByMove(monkeypatch, 0.3, [0.35] * 5, low)
+    head = SiblingHead()
+    choice = choose_settings(head, lambda settings: settings, scene[0], own_threshold=0.6)
+    assert choice.settings == StageSettings.detector_only(nms_threshold=0.6)
+    choice.keep_in(head)
+    assert Stage(head).settings == choice.settings
+
+
+def test_few_validation_images_are_said():
+    said: list[str] = []
+    choice = Choice(StageSettings.by_siblings(), [], 0.3, 0.35, (0.01, 0.09), True)
+    choice.say(99, said.append)
+    assert "sibling_move 0.5" in said[0]
+    assert "small (99 images, about 100 or more are needed)" in said[1]
+    assert said[2] == "val AP 30.0 -> 35.0 [+1.0, +9.0]"
+    choice.say(100, said.append)
+    assert len(said) == 5

@@ -20,6 +20,7 @@ def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("
         Folder for images, weights, results and the picture.
     """
     from iou_refiner.demo import run_demo
+    from iou_refiner.demo.run import report_command
 
     with console.progress() as progress:
         result = run_demo(output, seed=console.seed, progress=progress)
@@ -27,4 +28,5 @@ def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("
         print(result.about)
     console.table(result.head, result.rows(), result.to_dict())
     console.note(f"Images, weights, results and the picture before_after.png are in {output}")
+    console.note(f"See the gain, the errors and the images that changed most: {report_command(output)}")
     return OK

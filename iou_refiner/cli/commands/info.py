@@ -22,8 +22,10 @@ def info(head: Path, *, console: Quiet) -> int:
 
     about = describe_head(head)
     architecture, metadata = dict(about["architecture"]), about["metadata"]
+    config, siblings = architecture.pop("config", {}), architecture.pop("siblings", None)
     sections = {
-        "architecture": {**architecture, **architecture.pop("config")},
+        "architecture": architecture | config,
+        "siblings": siblings or {},
         "detector": {name: metadata.get(key, "") for name, key in _DETECTOR.items()},
         **{name: metadata.get(name) or {} for name in ("training", "metrics", "recommended")},
     }

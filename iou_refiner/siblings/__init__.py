@@ -1,0 +1,1 @@
+"""What the other candidates around a box know of it."""
