@@ -43,6 +43,8 @@ class Network:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait for the next image by spinning take the cores from torch, which is at work meanwhile.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._path, self._fit = path, layout.fit
         try:
             content = model.SerializeToString()

@@ -13,7 +13,7 @@ from scripts.results import tables
 
 
 def test_every_table_is_that_of_its_record() -> None:
-    for path, least in zip(tables.DOCUMENTS, (3, 7, 1), strict=True):
+    for path, least in zip(tables.DOCUMENTS, (3, 1, 7, 1), strict=True):
         document = path.read_text()
         assert len(tables._MARKED.findall(document)) == document.count("<!-- end -->") >= least
         assert tables.filled(document) == document

@@ -67,6 +67,9 @@ def eval_(
         )
         console.table(["", "before", "after", "difference", "95 % interval"], comparison.rows(), comparison.to_dict())
         measured = {**comparison.after.metrics, **{f"+{k}": v for k, v in comparison.differences.items()}}
+        console.note(
+            f"Where it changed, with pictures: iou-refiner report {baseline} {detections} --ann {ann} -o report.html"
+        )
     missed = [line for name, bar in gates if (line := _missed(name, measured[name], bar))]
     for line in missed:
         console.note(f"Gate missed: {line}.")
