@@ -12,6 +12,9 @@ from torch import Tensor
 
 # A box may shrink or grow by this factor in one decoding; keeps exp() finite for any finite step.
 MAX_LOG_SCALE = 4.0
+#: Standard deviations of what regression has to predict (shifts, then log sizes): deltas are learned in these units, as
+#: in every R-CNN.
+DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 def box_area(boxes: Tensor) -> Tensor:

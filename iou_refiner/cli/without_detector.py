@@ -94,8 +94,9 @@ def rescore_without_detector(
     stage = Stage(head, settings, own_threshold=head.metadata.training.get("nms_threshold", 0.5))
     console.after_interrupt = f"{output} was not written, and nothing is kept: this takes a minute for a million boxes."
     parts = rescore_saved(stage, results)
-    better = Results.concat(console.track(parts, len(results.by_image()), "rescoring"))
-    write_results(output, better, image_order=list(results.by_image()))
+    images = list(results.by_image())
+    better = Results.concat(console.track(parts, len(images), "rescoring"))
+    write_results(output, better, image_order=images)
     console.save_config(output)
     summary = stage.summary
     console.data(summary.to_dict() | {"records": len(better), "output": str(output)}, f"{output}: {summary}")

@@ -31,6 +31,12 @@ def group_rows(ids: IntArray) -> dict[int, IntArray]:
     return {int(ids[rows[0]]): rows for rows in groups}
 
 
+def spread_rows(count: int, most: int) -> list[int]:
+    """At most ``most`` of the rows 0 to ``count`` - 1, ascending, spread over all of them."""
+    rows: list[int] = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
+    return rows
+
+
 def xywh_to_xyxy(boxes: FloatArray) -> FloatArray:
     """(n, 4) rows ``(x, y, width, height)`` to rows ``(x1, y1, x2, y2)``, a new array."""
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)

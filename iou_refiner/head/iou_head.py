@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iou_refiner.boxes import decode_boxes
+from iou_refiner.boxes import DELTA_STDS, decode_boxes
 from iou_refiner.checks import DataError
 from iou_refiner.head.config import HeadConfig, HeadMetadata
 from iou_refiner.head.trunk import Trunk
@@ -34,9 +34,6 @@ from iou_refiner.siblings.config import SiblingConfig
 from iou_refiner.siblings.sibling_net import SiblingNet
 from iou_refiner.structures import FeatureMaps
 
-#: Standard deviations of what regression has to predict (shifts, then log sizes): the deltas are learned in these
-#: units, as in every R-CNN.
-DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 # Boxes pooled at once when predicting without gradients: bounds memory, not results.
 _CHUNK_BOXES = 1024
 

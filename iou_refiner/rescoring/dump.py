@@ -11,6 +11,7 @@ import torch
 from iou_refiner.coco import GroundTruth, Image, Results
 from iou_refiner.detector.sources import FeatureSource
 from iou_refiner.rescoring.records import category_map, clipped, has_size
+from iou_refiner.stage.summary import dropped_in_words
 
 
 @dataclass
@@ -51,10 +52,7 @@ class DumpSummary:
 
     def __str__(self) -> str:
         parts = [f"{self.images:,} images", f"{self.candidates:,} candidates", f"{self.records:,} kept"]
-        reasons = [f"{count:,} {reason}" for reason, count in self.dropped.items() if count]
-        if reasons:
-            parts.append(f"{sum(self.dropped.values()):,} dropped ({', '.join(reasons)})")
-        return "; ".join(parts)
+        return "; ".join(parts + dropped_in_words(self.dropped))
 
 
 def dump_candidates(

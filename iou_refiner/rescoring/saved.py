@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from iou_refiner.coco import Results, xywh_to_xyxy, xyxy_to_xywh
+from iou_refiner.coco.data import spread_rows
 from iou_refiner.rescoring.rescore import other_keys, placed
-from iou_refiner.siblings.clusters import Clusters
 from iou_refiner.siblings.config import SiblingConfig
 from iou_refiner.siblings.likeness import likeness
-from iou_refiner.stage.nms import nms
+from iou_refiner.stage.by_siblings import clusters_of_image
 from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import Detections
 
@@ -66,10 +66,8 @@ def saved_likeness(results: Results, config: SiblingConfig) -> dict[str, Any]:
     if not len(results):
         return {}
     images = list(results.by_image().values())
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(_LOOKED_AT, len(images))).round().astype(int))
     crowding = []
-    for row in chosen:
+    for row in spread_rows(len(images), _LOOKED_AT):
         image = saved_candidates(results[images[row]])
-        keep = nms(image.boxes, image.scores, image.labels, threshold=config.nms_threshold)[: config.most_survivors]
-        crowding.append(Clusters.of(image.boxes, image.scores, image.labels, keep, config).crowd_above_70)
+        crowding.append(clusters_of_image(image.boxes, image.scores, image.labels, config).crowd_above_70)
     return likeness(results.score, float(torch.cat(crowding).mean()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from iou_refiner.checks import check_fraction, check_number
 
@@ -46,8 +46,3 @@ class SiblingConfig:
             check_number(name, getattr(self, name), 1, most, whole=True)
         if self.width % self.attention_heads:
             raise ValueError(f"`attention_heads` must divide `width`, got {self.attention_heads} and {self.width}.")
-
-
-def sibling_config_names() -> list[str]:
-    """The names of the settings of a :class:`SiblingConfig`."""
-    return [field.name for field in fields(SiblingConfig)]

@@ -18,15 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iou_refiner.boxes import MAX_LOG_SCALE
+from iou_refiner.boxes import DELTA_STDS, MAX_LOG_SCALE
 from iou_refiner.siblings.attention import NeighbourAttention, softmax_with_silence
 from iou_refiner.siblings.clusters import CROWDING, Clusters
 from iou_refiner.siblings.config import SiblingConfig
 
 #: The IoU thresholds of the share: those of COCO's AP.
 THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
-#: Units in which the deltas are learned: shifts, then log sizes.
-DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 _SMALLEST_SCORE = 1e-4  # of scores 0 and 1 the logit is not finite
 _AT_BORDER = 1.0  # pixels from the border within which a box touches it
 _BOX, _PAIR = 7, 11  # numbers that describe a box, and a pair

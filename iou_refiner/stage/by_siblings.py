@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iou_refiner.boxes import decode_boxes
 from iou_refiner.siblings.clusters import Clusters
+from iou_refiner.siblings.config import SiblingConfig
 from iou_refiner.siblings.sibling_net import SiblingNet
 from iou_refiner.stage.batch import FlatBatch
 from iou_refiner.stage.nms import nms
@@ -42,6 +43,12 @@ def judge_by_siblings(net: SiblingNet, batch: FlatBatch, embed: Embed | None = N
     verdict = net(batch.boxes, batch.scores, batch.limits, clusters, embedding)
     moved = survivors.moved_to(decode_boxes(verdict.deltas * move, survivors.boxes)) if move else survivors
     return moved.replace(scores=verdict.scores.to(batch.scores), iou=verdict.iou, ranking=verdict.iou)
+
+
+def clusters_of_image(boxes: Tensor, scores: Tensor, labels: Tensor, config: SiblingConfig) -> Clusters:
+    """The survivors of one image, best scores first, and who is whose sibling; arguments as :meth:`Clusters.of`."""
+    keep = nms(boxes, scores, labels, threshold=config.nms_threshold)[: config.most_survivors]
+    return Clusters.of(boxes, scores, labels, keep, config)
 
 
 def _survivors(net: SiblingNet, batch: FlatBatch) -> Tensor:

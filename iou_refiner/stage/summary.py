@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,9 +68,7 @@ class Summary:
     def __str__(self) -> str:
         parts = [f"{self.images:,} images", f"{self.candidates:,} candidates in", f"{self.detections:,} detections out"]
         parts.append(f"{self.suppressed:,} suppressed")
-        reasons = [f"{count:,} {reason}" for reason, count in self.dropped.items() if count]
-        if reasons:
-            parts.append(f"{sum(self.dropped.values()):,} dropped ({', '.join(reasons)})")
+        parts += dropped_in_words(self.dropped)
         if self.refined:
             parts.append(f"refined {self.refined:,}: {self.moved:,} moved, {self.refined - self.moved:,} left in place")
         if self.undone or self.unpredicted:
@@ -77,3 +76,9 @@ class Summary:
         if self.untrained:
             parts.append(f"{self.untrained:,} of categories the head was not trained on")
         return "; ".join(parts)
+
+
+def dropped_in_words(dropped: Mapping[str, int]) -> list[str]:
+    """How many boxes were dropped and why, one text; none where all counts are 0."""
+    reasons = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
+    return [f"{sum(dropped.values()):,} dropped ({', '.join(reasons)})"] if reasons else []

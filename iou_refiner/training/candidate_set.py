@@ -11,7 +11,7 @@ import torch
 
 from iou_refiner.boxes import valid_boxes
 from iou_refiner.coco import GroundTruth, Results, xywh_to_xyxy
-from iou_refiner.coco.data import IntArray
+from iou_refiner.coco.data import IntArray, spread_rows
 from iou_refiner.rescoring import saved_candidates
 from iou_refiner.rescoring.records import check_known
 from iou_refiner.siblings.clusters import reach
@@ -36,10 +36,9 @@ def candidate_samples(
     """
     check_known("image", results.image_id, (image.id for image in ground_truth.images))
     images = list(results.by_image().items())
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int))
     gt_rows = ground_truth.by_image()
     samples = []
-    for row in chosen:
+    for row in spread_rows(len(images), most):
         image, rows = images[row]
         candidates = saved_candidates(results[rows])
         limit = reach(candidates.boxes)

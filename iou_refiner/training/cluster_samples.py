@@ -11,7 +11,7 @@ from torch import Tensor
 from iou_refiner.boxes import valid_boxes
 from iou_refiner.siblings.clusters import Clusters
 from iou_refiner.siblings.config import SiblingConfig
-from iou_refiner.stage.nms import nms
+from iou_refiner.stage.by_siblings import clusters_of_image
 from iou_refiner.structures import Detections
 from iou_refiner.training.samples import Targets
 
@@ -52,9 +52,8 @@ class ClusterSamples:
         """
         candidates = candidates[valid_boxes(candidates.boxes) & torch.isfinite(candidates.scores)]
         boxes, scores, labels = candidates.boxes.float(), candidates.scores.float(), candidates.labels
-        keep = nms(boxes, scores, labels, threshold=config.nms_threshold)[: config.most_survivors]
-        clusters = Clusters.of(boxes, scores, labels, keep, config)
-        return cls(boxes, scores, labels, limit.expand(len(boxes), 4), clusters, (len(keep),), (targets,))
+        clusters = clusters_of_image(boxes, scores, labels, config)
+        return cls(boxes, scores, labels, limit.expand(len(boxes), 4), clusters, (len(clusters),), (targets,))
 
     @classmethod
     def concat(cls, parts: Sequence[ClusterSamples]) -> ClusterSamples:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from iou_refiner.coco.data import spread_rows
 from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.progress import Progress, no_progress
 from iou_refiner.siblings.config import SiblingConfig
@@ -26,7 +27,7 @@ def feature_samples(
         most: bound on the views.
         progress: called after each, in the phase "looking at siblings".
     """
-    chosen = torch.linspace(0, len(train) - 1, min(most, len(train))).round().long().unique().tolist()
+    chosen = spread_rows(len(train), most)
     samples = []
     for done, (extraction, targets) in enumerate(train.stream(chosen), 1):
         height, width = extraction.features.image_sizes[0]

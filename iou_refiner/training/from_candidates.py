@@ -16,6 +16,7 @@ import torch
 
 from iou_refiner.checks import DataError
 from iou_refiner.coco import GroundTruth, Results
+from iou_refiner.coco.data import spread_rows
 from iou_refiner.evaluation.ap import evaluate, or_none
 from iou_refiner.head.checkpoint import save_head
 from iou_refiner.head.config import HeadMetadata
@@ -136,6 +137,5 @@ def _at_most(results: Results, truth: GroundTruth, most: int) -> tuple[Results, 
     """At most so many images of the annotation, spread over all, and their candidates."""
     if len(truth.images) <= most:
         return results, truth
-    rows = torch.linspace(0, len(truth.images) - 1, most).round().long().unique().tolist()
-    part = truth.only(truth.images[row].id for row in rows)
+    part = truth.only(truth.images[row].id for row in spread_rows(len(truth.images), most))
     return results[np.isin(results.image_id, [image.id for image in part.images])], part

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iou_refiner.boxes import encode_boxes
-from iou_refiner.head.iou_head import DELTA_STDS, IoUHead
+from iou_refiner.boxes import DELTA_STDS, encode_boxes
+from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.training.samples import Samples
 
 _POSITIVE_IOU = 0.3  # true IoU above which a box is taken to mean the object: it has an IoU and deltas to learn
@@ -83,7 +83,11 @@ def _log_softmax(values: Tensor, group: Tensor) -> Tensor:
 def deltas_loss(deltas: Tensor, samples: Samples) -> Tensor:
     """Smooth-L1 on the deltas to the object, over the boxes that mean one: the others have no target."""
     rows = torch.nonzero(samples.iou > _POSITIVE_IOU).flatten()
-    target = encode_boxes(samples.gt_boxes[rows], samples.boxes[rows])
-    error = (deltas[rows] - target) / deltas.new_tensor(DELTA_STDS)
+    return smooth_l1_of_deltas(deltas[rows], samples.boxes[rows], samples.gt_boxes[rows])
+
+
+def smooth_l1_of_deltas(deltas: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Smooth-L1 on the deltas (R, 4) from boxes (R, 4) to objects (R, 4), the mean over boxes."""
+    error = (deltas - encode_boxes(gt_boxes, boxes)) / deltas.new_tensor(DELTA_STDS)
     loss = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5, reduction="sum")
-    return loss / max(len(rows), 1)
+    return loss / max(len(deltas), 1)

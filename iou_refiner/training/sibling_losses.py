@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iou_refiner.boxes import decode_boxes, encode_boxes
-from iou_refiner.siblings.sibling_net import DELTA_STDS, Verdict
+from iou_refiner.boxes import decode_boxes
+from iou_refiner.siblings.sibling_net import Verdict
 from iou_refiner.training.cluster_samples import ClusterSamples
+from iou_refiner.training.losses import smooth_l1_of_deltas
 from iou_refiner.training.shares import true_positives
 
 _DELTAS_IOU = 0.5  # true IoU of a survivor from which on its box has deltas to learn
@@ -50,10 +51,7 @@ def sibling_loss(verdict: Verdict, samples: ClusterSamples) -> Tensor:
 def deltas_loss(deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, iou: Tensor) -> Tensor:
     """Smooth-L1 on the deltas (Q, 4) from boxes to the objects they fit best, the mean over boxes that mean one."""
     rows = torch.nonzero(iou > _DELTAS_IOU).flatten()
-    stds = deltas.new_tensor(DELTA_STDS)
-    target = encode_boxes(gt_boxes[rows], boxes[rows])
-    loss = nn.functional.smooth_l1_loss(deltas[rows] / stds, target / stds, beta=0.5, reduction="sum")
-    return loss / max(len(rows), 1)
+    return smooth_l1_of_deltas(deltas[rows], boxes[rows], gt_boxes[rows])
 
 
 def iou_loss(logits: Tensor, iou: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from iou_refiner.training.loop import measure
 from iou_refiner.training.samples import TrainingSet
 from scripts.ablations.testbed import COCO_PERSON
 from scripts.results.evaluator import Evaluator
+from scripts.results.tables import change
 from scripts.results.variants import every_candidate, one_at_a_time, variants
 
 METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
@@ -92,11 +93,7 @@ def table_of(rows: dict[str, Any], title: str) -> Table:
     table = Table("", *METRICS, "AP: difference [95 %]", "AP50", "AP90", "CPU s/image", title=title)
     for name, row in rows.items():
         values = [f"{100 * row['after']['metrics'][m]:.1f}" for m in METRICS]
-        differences = [
-            f"{100 * row['differences'][m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            for m in ("AP", "AP50", "AP90")
-            for low, high in [row["intervals"][m]]
-        ]
+        differences = [change(row, m) for m in ("AP", "AP50", "AP90")]
         table.add_row(name, *values, *differences, f"{row['cpu_seconds']:.4f}")
     return table
 

@@ -31,6 +31,7 @@ from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
 from iou_refiner.training.from_candidates import train_from_candidates
 from scripts.ablations.testbed import COCO_PERSON
+from scripts.results.tables import change
 
 METRICS = ("AP", "AP50", "AP75", "AP90")
 
@@ -73,11 +74,7 @@ def table_of(rows: dict[str, Any], title: str) -> Table:
     table = Table("", *METRICS, *(f"{metric}: difference [95 %]" for metric in METRICS), "CPU ms/image", title=title)
     for name, row in rows.items():
         values = [f"{100 * row['after']['metrics'][metric]:.1f}" for metric in METRICS]
-        differences = [
-            f"{100 * row['differences'][metric]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            for metric in METRICS
-            for low, high in [row["intervals"][metric]]
-        ]
+        differences = [change(row, metric) for metric in METRICS]
         table.add_row(name, *values, *differences, f"{1000 * row['cpu_seconds']:.1f}")
     return table
 

@@ -86,7 +86,7 @@ def gain(name: str) -> str:
     body = []
     for variant, row in rows.items():
         values = [f"{100 * row['after']['metrics'][metric]:.1f}" for metric in _GAIN_AT]
-        changes = ["" if variant == "detector" else _change(row, metric) for metric in ("AP", "AP50", "AP90")]
+        changes = ["" if variant == "detector" else change(row, metric) for metric in ("AP", "AP50", "AP90")]
         body.append([f"**{variant}**" if variant == "as chosen on val" else variant, *values, *changes])
     return markdown(heading, body)
 
@@ -98,7 +98,7 @@ def siblings(name: str) -> str:
     body = [
         [
             variant, *(f"{100 * row['after']['metrics'][metric]:.1f}" for metric in metrics),
-            *("" if variant == "greedy NMS" else _change(row, metric) for metric in metrics),
+            *("" if variant == "greedy NMS" else change(row, metric) for metric in metrics),
             f"{1000 * row['cpu_seconds']:.0f}",
         ]
         for variant, row in rows.items()
@@ -106,7 +106,8 @@ def siblings(name: str) -> str:
     return markdown(["", *metrics, "ΔAP [95 %]", "ΔAP50", "ΔAP75", "ΔAP90", "CPU ms / image"], body)
 
 
-def _change(row: dict[str, Any], metric: str) -> str:
+def change(row: dict[str, Any], metric: str) -> str:
+    """The difference of a metric in points, with its interval."""
     low, high = row["intervals"][metric]
     return f"{100 * row['differences'][metric]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from iou_refiner import HeadConfig, TrainSettings, __version__, cli
+from iou_refiner import HeadConfig, TrainSettings, __version__
 from iou_refiner.coco import Results, read_results, write_results, xywh_to_xyxy
 from iou_refiner.pooling import portable
 from iou_refiner.stage.nms import nms
 from iou_refiner.validation.nms_trace import suppressed_at
+from tests.kit import fixtures
 from tests.kit.paths import ROOT
 from tests.kit.toys import make_dataset
 
@@ -41,18 +42,7 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(home, monkeypatch, capsys):
-    monkeypatch.chdir(home)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return call
+run = fixtures.run
 
 
 @pytest.fixture(scope="module")

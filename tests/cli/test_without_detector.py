@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from iou_refiner import cli
 from iou_refiner.coco import GroundTruth, Results, read_results, write_results
+from tests.kit import fixtures
 from tests.kit.crowds import make_saved
 
 
@@ -26,18 +26,7 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(home, monkeypatch, capsys):
-    monkeypatch.chdir(home)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return call
+run = fixtures.run
 
 
 TRAIN = ("train", "--detections", "train.json", "--ann", "train_ann.json")

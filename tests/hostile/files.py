@@ -107,3 +107,17 @@ def caller(capsys: pytest.CaptureFixture[str]) -> Call:
         return code, out, err
 
     return call
+
+
+def change_row(row: dict[str, Any], change: str, key: str, value: Any) -> None:
+    """Change one record in place; changes of another name are of the whole file, and left to the caller."""
+    if change == "drop":
+        row.pop(key, None)
+    elif change in ("set", "set all"):
+        row[key] = value
+    elif change == "rename" and key in row:
+        row[key + "s"] = row.pop(key)
+    elif change == "negate" and isinstance(row.get(key), (int, float)):
+        row[key] = -row[key]
+    elif change == "coordinate" and isinstance(row.get("bbox"), list) and row["bbox"]:
+        row["bbox"] = [*row["bbox"][:-1], value]

@@ -23,6 +23,7 @@ from tests.hostile.files import (
     Truth,
     boxes,
     caller,
+    change_row,
     changed,
     every,
     put,
@@ -371,20 +372,11 @@ def wrong_annotation(draw: st.DrawFn) -> bytes:
         change = draw(st.sampled_from(["drop", "set", "set all", "rename", "negate", "repeat", "delete", "coordinate"]))
         value = draw(values)
         for row in list(entries) if change == "set all" else [entries[at]]:
-            if change == "drop":
-                row.pop(key, None)
-            elif change in ("set", "set all"):
-                row[key] = value
-            elif change == "rename" and key in row:
-                row[key + "s"] = row.pop(key)
-            elif change == "negate" and isinstance(row.get(key), (int, float)):
-                row[key] = -row[key]
-            elif change == "repeat":
+            change_row(row, change, key, value)
+            if change == "repeat":
                 entries.append(dict(row))
             elif change == "delete" and len(entries) > 1:
                 del entries[at]
-            elif change == "coordinate" and isinstance(row.get("bbox"), list) and row["bbox"]:
-                row["bbox"] = [*row["bbox"][:-1], value]
     data = json.dumps(truth).encode()
     cut = draw(st.sampled_from([len(data), draw(st.integers(0, len(data)))]))
     return data[:cut]

@@ -25,6 +25,7 @@ from tests.hostile.files import (
     Rows,
     boxes,
     caller,
+    change_row,
     changed,
     every,
     put,
@@ -341,20 +342,11 @@ def wrong_results(draw: st.DrawFn) -> bytes:
         some = rows if change == "set all" else rows[at : at + 1]
         value = draw(values)
         for row in some:
-            if change == "drop":
-                row.pop(key, None)
-            elif change in ("set", "set all"):
-                row[key] = value
-            elif change == "rename" and key in row:
-                row[key + "s"] = row.pop(key)
-            elif change == "negate" and isinstance(row.get(key), (int, float)):
-                row[key] = -row[key]
-            elif change == "repeat":
+            change_row(row, change, key, value)
+            if change == "repeat":
                 rows.append(dict(row))
             elif change == "swap":
                 rows[at], rows[-1] = rows[-1], rows[at]
-            elif change == "coordinate" and isinstance(row.get("bbox"), list) and row["bbox"]:
-                row["bbox"] = [*row["bbox"][:-1], value]
     data = json.dumps(rows).encode()
     if draw(st.booleans()):
         return data

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
-from iou_refiner import HeadConfig, IoUHead
+from iou_refiner import HeadConfig, IoUHead, cli
 from tests.kit.toys import ToyScene, make_scene
+
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +23,21 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> ToyScene:
 def head() -> IoUHead:
     """A new head for the scene."""
     return IoUHead((4, 4), (1, 2), HeadConfig(width=3, hidden=(16,), output_size=3)).eval()
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Calls a command in the folder that the test file's own fixture ``home`` gives: its exit code, stdout, stderr."""
+    monkeypatch.chdir(home)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    return call
 
 
 def relabelled(scene: ToyScene, labels: int) -> ToyScene:
