@@ -15,19 +15,17 @@ import math
 import sys
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iou_refiner import DataError, Detections, FeatureMaps, ImageTransform
+from iou_refiner import Detections, FeatureMaps, ImageTransform
+from iou_refiner.adapters import torchvision_weights
 from iou_refiner.adapters.twins import shallow
-from iou_refiner.adapters.weights import tensors_only
 from iou_refiner.checks import require
-from iou_refiner.detector.adapter import Adapter, Suppression
+from iou_refiner.detector.adapter import Adapter, AddedLosses, Suppression
 
 
 class TorchvisionAdapter(Adapter):
@@ -53,22 +51,15 @@ class TorchvisionAdapter(Adapter):
 
     @classmethod
     def from_name(cls, name: str) -> TorchvisionAdapter:
-        """The detector called ``name`` in torchvision's model registry, with its best published weights.
+        """The detector that ``torchvision:`` names: ``NAME`` in torchvision's model registry with its best published
+        weights, or ``NAME:WEIGHTS.pth`` with weights of one's own, for as many classes as they are for.
 
         Raises:
-            DataError: the weights cannot be fetched, or hold more than tensors.
+            DataError: weights cannot be fetched, hold more than tensors, or are of another detector.
         """
-        models = require("torchvision.models", extra="torchvision", purpose="A torchvision detector")
-        try:
-            url = models.get_model_weights(name).DEFAULT.url
-            stored = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-            with tensors_only(f"{name} of torchvision", str(stored)):
-                return cls(models.get_model(name, weights="DEFAULT").eval())
-        except OSError as error:  # of the network too
-            raise DataError(
-                f"The weights of torchvision's {name} cannot be fetched ({error}). They are downloaded once: try again "
-                "with a connection. For weights of your own, build the detector in a function: file.py:function."
-            ) from None
+        name, _, path = name.partition(":")
+        detector = torchvision_weights.from_file(name, path) if path else torchvision_weights.published(name)
+        return cls(detector.eval())
 
     @property
     def nms_threshold(self) -> float:
@@ -102,6 +93,14 @@ class TorchvisionAdapter(Adapter):
         into one and both have them.
         """
         return (_rcnn_twin if hasattr(self.detector, "roi_heads") else _dense_twin)(self.detector, suppression)
+
+    def losses(self, added: AddedLosses, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The detector's own training call, with images and targets as it takes them, and the losses of ``added``."""
+        from iou_refiner.adapters import torchvision_losses as training  # it builds on this module
+
+        twin = training.rcnn_training_twin if hasattr(self.detector, "roi_heads") else training.dense_training_twin
+        losses: dict[str, Tensor] = twin(self.detector, added)(*args, **kwargs)
+        return losses
 
     def transforms(self, images: Sequence[Tensor], features: FeatureMaps) -> list[ImageTransform]:
         """From each image to the network input, for which torchvision resizes it."""

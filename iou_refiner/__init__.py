@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from iou_refiner.checks import DataError as DataError
     from iou_refiner.checks import MissingPackageError as MissingPackageError
+    from iou_refiner.connectors.image import to_detections as to_detections
+    from iou_refiner.connectors.image import to_numpy as to_numpy
+    from iou_refiner.connectors.image import to_supervision as to_supervision
     from iou_refiner.detector.adapter import Adapter as Adapter
     from iou_refiner.detector.fingerprint import fingerprint as fingerprint
-    from iou_refiner.evaluation.ap import evaluate as evaluate
     from iou_refiner.head.checkpoint import load_head as load_head
     from iou_refiner.head.checkpoint import save_head as save_head
     from iou_refiner.head.config import HeadConfig as HeadConfig
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from iou_refiner.training.jitter import jitter_boxes as jitter_boxes
     from iou_refiner.training.loop import train_head as train_head
     from iou_refiner.training.settings import TrainSettings as TrainSettings
+    from iou_refiner.verbs.evaluate import evaluate as evaluate
+    from iou_refiner.verbs.report import report as report
+    from iou_refiner.verbs.rescore import rescore as rescore
+    from iou_refiner.verbs.train import train as train
 
 _HOME = {
     "Adapter": "detector.adapter",
@@ -53,7 +59,7 @@ _HOME = {
     "Stage": "stage.stage",
     "StageSettings": "stage.settings",
     "TrainSettings": "training.settings",
-    "evaluate": "evaluation.ap",
+    "evaluate": "verbs.evaluate",
     "fingerprint": "detector.fingerprint",
     "iou_guided_nms": "stage.nms",
     "jitter_boxes": "training.jitter",
@@ -61,8 +67,14 @@ _HOME = {
     "prroi_pool": "pooling.functional",
     "refine_boxes": "stage.ascent",
     "refine_boxes_paper": "stage.ascent",
+    "report": "verbs.report",
+    "rescore": "verbs.rescore",
     "save_head": "head.checkpoint",
     "soft_nms": "stage.soft_nms",
+    "to_detections": "connectors.image",
+    "to_numpy": "connectors.image",
+    "to_supervision": "connectors.image",
+    "train": "verbs.train",
     "train_from_candidates": "training.from_candidates",
     "train_head": "training.loop",
 }

@@ -1,4 +1,4 @@
-"""The wrapper that puts the stage into a live detector."""
+"""The wrapper that puts the stage into a live detector, and trains a head with it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from torch import nn
 from iou_refiner.checks import DataError
 from iou_refiner.detector.adapter import Adapter
 from iou_refiner.detector.registry import as_adapter
-from iou_refiner.head.checkpoint import Head, load_head
+from iou_refiner.detector.weights import load_weights, save_weights
+from iou_refiner.head.checkpoint import Head, load_head, save_head
 from iou_refiner.head.config import TrainedCategory
 from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import Detections, FeatureMaps
 
+_DETECTOR, _HEAD = "detector.safetensors", "head.safetensors"
+
 
 class IoURefiner(nn.Module):
-    """A frozen detector with the stage in place of its suppression: same call, same output, plus ``ious``.
+    """A detector with the stage in place of its suppression: same call, same output, plus ``ious``.
+
+    In training mode (``refiner.train()``) the call is the detector's own training call, and its losses come with those
+    of the head: ``loss_iou``, and ``loss_iou_ranking`` and ``loss_iou_deltas`` where the head has these outputs. Any
+    loop that trains the detector then trains both (docs/joint.md). With the detector alone in training mode
+    (``refiner.detector.train()``, or ``refiner.head.eval()`` after ``refiner.train()``) it is called as it is.
 
     Args:
         detector: a live detector of a framework an adapter is installed for, or an :class:`Adapter`.
         head: a trained :class:`IoUHead` or :class:`SiblingHead`, or the path of one. Without a head the detector runs
             alone, untouched.
         settings: of the :class:`Stage`; default: what the head recommends.
+        loss_weight: of the head's losses in training. At 0 the detector's losses and gradients are its own.
         changes: settings to exchange in these, by name.
 
     Raises:
@@ -37,8 +46,6 @@ class IoURefiner(nn.Module):
     Warns:
         UserWarning: once, when the detector has candidates of categories that the head was not trained on. They keep
             the detector's own suppression, box and score; ``all_categories=True`` applies the head to them too.
-
-    A detector in training mode is called as it is: there are no detections to refine.
     """
 
     def __init__(
@@ -46,11 +53,14 @@ class IoURefiner(nn.Module):
         detector: Any,
         head: Head | str | Path | None = None,
         settings: StageSettings | None = None,
+        *,
+        loss_weight: float = 1.0,
         **changes: Any,
     ):
         super().__init__()
         self.adapter = as_adapter(detector)
         self.detector = self.adapter.detector
+        self.loss_weight = loss_weight
         self.stage: Stage | None = None
         if head is None:
             if settings or changes:
@@ -63,9 +73,20 @@ class IoURefiner(nn.Module):
         self.stage = Stage(self.head, settings, own_threshold=self.adapter.nms_threshold, **changes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the detector's own call; boxes, scores and labels are the stage's. No images give no results."""
+        """As the detector's own call; boxes, scores and labels are the stage's. No images give no results.
+
+        In training mode as its own training call, and the result its losses and those of the head, by name.
+
+        Raises:
+            TypeError: in training mode, the detector or the head is of a kind that is not trained with the other.
+            ValueError: in training mode, the head has a network over siblings, or the weight is out of range.
+        """
         if not kwargs and len(args) == 1 and isinstance(args[0], (list, tuple)) and not args[0]:
             return []
+        if self.stage is not None and self.adapter.training and self.head.training:
+            from iou_refiner.training.joint import added_losses  # it brings the parser of annotations along
+
+            return self.adapter.losses(added_losses(self.head, self.loss_weight), *args, **kwargs)
         if self.stage is None or self.adapter.training:
             return self.adapter.detect(*args, **kwargs)
         return self.adapter.run(self._suppress, *args, **kwargs)
@@ -84,6 +105,44 @@ class IoURefiner(nn.Module):
                 stacklevel=2,
             )
         return detections
+
+    def save(self, folder: str | Path) -> None:
+        """Keep detector and head in a folder, each file written beside its place and renamed: ``detector.safetensors``
+        with the detector's weights and buffers, and ``head.safetensors``, which belongs to these weights from then on.
+
+        Raises:
+            ValueError: there is no head, or the detector is no torch module.
+        """
+        if self.stage is None or not isinstance(self.detector, nn.Module):
+            raise ValueError(
+                "`save` keeps a detector that is a torch module, and its head; here one of them is missing."
+            )
+        from iou_refiner.training.joint import belonging_to
+
+        self.head.metadata = belonging_to(self.head, self.adapter)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_weights(self.detector, Path(folder) / _DETECTOR)
+        save_head(self.head, Path(folder) / _HEAD)  # last: it says whose it is
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, detector: Any, settings: StageSettings | None = None, **options: Any
+    ) -> IoURefiner:
+        """What :meth:`save` kept, in inference mode.
+
+        Args:
+            folder: that was saved to.
+            detector: a detector of the same architecture, as for :class:`IoURefiner`; its weights are replaced.
+            settings, options: as for :class:`IoURefiner`.
+
+        Raises:
+            DataError: a file is missing or damaged, holds weights of another architecture, or those of another
+                training than the head's.
+        """
+        adapter = as_adapter(detector)
+        load_weights(adapter.detector, Path(folder) / _DETECTOR)
+        adapter.detector.eval()
+        return cls(adapter, Path(folder) / _HEAD, settings, **options)
 
     def native(self) -> Any:
         """The detector with the stage in it, as an object of the framework's own class, for code that asks for one

@@ -18,8 +18,8 @@ PACKAGE, ADAPTERS = ROOT / "iou_refiner", ROOT / "adapters"
 # The folders, and the modules at the root: each imports only itself and those before it.
 ORDER = (
     "checks", "files", "progress", "parallel", "numpy_boxes", "boxes", "structures", "pooling", "siblings", "head",
-    "stage", "coco", "detector", "evaluation", "validation", "refiner", "rescoring", "training", "report", "demo",
-    "cli", "__main__",
+    "stage", "coco", "connectors", "detector", "evaluation", "validation", "rescoring", "training", "refiner",
+    "reporting", "verbs", "demo", "cli", "__main__",
 )  # fmt: skip
 # What must not come with `import iou_refiner`, nor with the commands that promise to answer at once.
 HEAVY = {"torch", "cupy", "torchvision", "onnx", "onnxruntime", "matplotlib", "PIL", "pycocotools"}
@@ -160,7 +160,8 @@ def loaded_by(code: str, suspects: set[str]) -> set[str]:
         ("import iou_refiner.validation.validate", HEAVY),
         ("import iou_refiner.stage.settings, iou_refiner.training.settings, iou_refiner.head.config", HEAVY),
         ("import iou_refiner.evaluation.bootstrap, iou_refiner.evaluation.true_iou", HEAVY - {"pycocotools"}),
-        ("import iou_refiner.report", HEAVY - {"pycocotools"}),
+        ("import iou_refiner.reporting", HEAVY - {"pycocotools"}),
+        ("from iou_refiner import evaluate, report, to_numpy, to_supervision", HEAVY - {"pycocotools"}),
         ("from iou_refiner import *", OPTIONAL),
     ],
 )

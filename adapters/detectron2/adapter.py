@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from iou_refiner import Detections, FeatureMaps, ImageTransform
 from iou_refiner.adapters.detectron2 import library
+from iou_refiner.adapters.detectron2.losses import training_twin
 from iou_refiner.adapters.twins import shallow
 from iou_refiner.checks import check_choice, check_positive
-from iou_refiner.detector.adapter import Adapter, Suppression
+from iou_refiner.detector.adapter import Adapter, AddedLosses, Suppression
 
 # What switches the detectors' own suppression off: no overlap is above it, no image has more boxes.
 _UNSUPPRESSED = {
@@ -139,6 +140,11 @@ class Detectron2Adapter(Adapter):
 
             twin.forward_inference = forward_inference
         return twin
+
+    def losses(self, added: AddedLosses, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The detector's own training call, within an ``EventStorage`` as always, and the losses of ``added``."""
+        losses: dict[str, Tensor] = training_twin(self.detector, added)(*args, **kwargs)
+        return losses
 
     def transforms(self, images: Sequence[dict[str, Any]], features: FeatureMaps) -> list[ImageTransform]:
         """From the image of ``height`` x ``width`` pixels, in which results are given, to the network input.

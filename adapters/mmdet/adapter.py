@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from iou_refiner import DataError, Detections, FeatureMaps, ImageTransform
 from iou_refiner.adapters.mmdet.library import check_kind, classes, library, load
+from iou_refiner.adapters.mmdet.losses import training_twin
 from iou_refiner.adapters.twins import shallow
-from iou_refiner.detector.adapter import COCO_CATEGORY_IDS, Adapter, Suppression
+from iou_refiner.detector.adapter import COCO_CATEGORY_IDS, Adapter, AddedLosses, Suppression
 
 
 class MmdetAdapter(Adapter):
@@ -121,6 +122,15 @@ class MmdetAdapter(Adapter):
         with torch.no_grad():
             results: list[Any] = self.detector.test_step(_collated(data))
         return results
+
+    def losses(self, added: AddedLosses, data: Any) -> dict[str, Any]:
+        """The losses of the detector's ``train_step``, and those of ``added``: what its ``parse_losses`` takes.
+
+        ``data`` is a batch as ``train_step`` takes it.
+        """
+        twin = training_twin(self.detector, added)
+        losses: dict[str, Any] = twin(**twin.data_preprocessor(_collated(data), True), mode="loss")
+        return losses
 
     def transforms(self, images: Any, features: FeatureMaps) -> list[ImageTransform]:
         """From the image file, in whose pixels results are given, to the network input."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from iou_refiner.checks import DataError, did_you_mean
 from iou_refiner.cli.apart import stdout_apart
 from iou_refiner.files import to_json, write_whole
-from iou_refiner.progress import Progress
+from iou_refiner.progress import Progress, progress_bars
 
 if TYPE_CHECKING:
     import torch
@@ -118,32 +118,7 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """Bars on stderr, one for each phase; none where nobody watches."""
-        from rich.console import Console as Rich
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        rich = Rich(stderr=True)
-        with Bars(
-            *columns,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=rich,
-            disable=self.quiet or not rich.is_terminal,
-        ) as bars:
-            tasks: dict[str, Any] = {}
-
-            def show(phase: str, done: int, total: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bars.add_task(phase, total=total)
-                bars.update(tasks[phase], completed=done, total=total)
-
+        with progress_bars(enabled=not self.quiet) as show:
             yield show
 
     def track(self, items: Iterable[T], total: int, phase: str) -> Iterator[T]:

@@ -6,14 +6,46 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from iou_refiner.checks import DataError
+from cyclopts import Parameter
+
+from iou_refiner.checks import did_you_mean
 from iou_refiner.cli.console import Console, UsageError, new_file
 
 if TYPE_CHECKING:
     from iou_refiner.coco import Image
     from iou_refiner.detector.adapter import Adapter
+
+ImageIds = Annotated[
+    Literal["annotation", "file_name"],
+    Parameter(help="What image_id is in the results: an id of the annotation, or the name or number of an image file."),
+]
+CategoryIds = Annotated[
+    str,
+    Parameter(
+        help="What category_id is in the results: annotation (its ids), from_0 or from_1 (counted in the order of its "
+        "ids), or pairs THEIRS=OURS with commas: 0=1,1=3."
+    ),
+]
+
+
+def category_numbers(text: str) -> str | dict[int, int]:
+    """What ``--category-ids`` says.
+
+    Raises:
+        UsageError: it is neither a choice nor pairs of numbers.
+    """
+    choices = ("annotation", "from_0", "from_1")
+    if text in choices:
+        return text
+    try:
+        return {int(theirs): int(ours) for theirs, ours in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise UsageError(
+            f"--category-ids {text!r} must be one of {', '.join(choices)}, or pairs of numbers such as 0=1,1=3."
+            f"{did_you_mean(text, choices)}"
+        ) from None
 
 
 def results_file(path: Path, overwrite: bool, *, inputs: Iterable[Path], detector: str) -> Path:
@@ -64,18 +96,13 @@ def detector_files(spec: str) -> Iterator[Path]:
 def check_images(folder: Path, images: Iterable[Image], *, outputs: Iterable[Path] = ()) -> None:
     """Refuse images that are not there, and outputs that are one of them, before anything runs."""
     from iou_refiner.detector.images import ImageFolder
+    from iou_refiner.verbs.inputs import check_images_exist
 
     if not folder.is_dir():
         raise UsageError(f"--images {folder}: no such folder. Name the folder that the annotation's file names are in.")
     pictures, images = ImageFolder(folder), list(images)
     check_apart([path for path in outputs if path.exists()], map(pictures.path, images) if any_exist(outputs) else ())
-    missing = [image for image in images if not os.path.exists(pictures.path(image))]
-    if missing:
-        first = missing[0]
-        raise DataError(
-            f"{len(missing):,} of {len(images):,} images are not in {folder} (first: image {first.id}, "
-            f"{first.file_name!r}). Check --images, which the annotation's file names start from."
-        )
+    check_images_exist(folder, images)
 
 
 def any_exist(paths: Iterable[Path]) -> bool:

@@ -25,7 +25,7 @@ _TRUTH, _BEFORE, _AFTER, _BETTER, _WORSE = "#ffffff", "#ffb000", "#00d5ff", "#5e
 
 
 @dataclass(frozen=True, eq=False)
-class _Pair:
+class Pair:
     """An object with its box before and after, xyxy, and their IoU with it."""
 
     image: Image
@@ -36,6 +36,7 @@ class _Pair:
 
     @property
     def gain(self) -> float:
+        """How much better the box fits after than before; negative where it fits worse."""
         return self.iou[1] - self.iou[0]
 
 
@@ -52,7 +53,7 @@ def save_picture(
         caption: what the data is.
     """
     figure_of = require("matplotlib.figure", extra="demo", purpose="The demo's picture").Figure
-    pairs = _pairs(ground_truth, before, after)
+    pairs = pairs_of(ground_truth, before, after)
     first = ground_truth.images[:_FIRST]
     by_gain = sorted(pairs, key=lambda pair: pair.gain)
     half = min(_CLOSE_UPS, len(by_gain)) // 2
@@ -68,14 +69,26 @@ def save_picture(
             if pair.image == image:
                 _draw(axis, pair, width=1.3)
     for axis, pair in zip(axes[-1], close_ups, strict=False):
-        axis.imshow(open_image(images, pair.image), extent=(0, pair.image.width, pair.image.height, 0))
-        _draw(axis, pair, width=2.2)
-        _zoom(axis, pair)
+        draw_close_up(axis, pair, images)
     figure.suptitle(_legend(pairs, len(first), half, caption), color="white", fontsize=11)
     _save(figure, path)
 
 
-def _legend(pairs: list[_Pair], first: int, half: int, caption: str) -> str:
+def draw_close_up(axis: Any, pair: Pair, images: Path) -> None:
+    """An object from near, with its box before and after.
+
+    Args:
+        axis: of matplotlib.
+        pair: what to draw.
+        images: folder of the images.
+    """
+    axis.set_axis_off()
+    axis.imshow(open_image(images, pair.image), extent=(0, pair.image.width, pair.image.height, 0))
+    _draw(axis, pair, width=2.2)
+    _zoom(axis, pair)
+
+
+def _legend(pairs: list[Pair], first: int, half: int, caption: str) -> str:
     return "\n".join(
         [
             "boxes: white the truth, orange the detector alone, blue with IoU-guided NMS and refinement",
@@ -87,7 +100,7 @@ def _legend(pairs: list[_Pair], first: int, half: int, caption: str) -> str:
     )
 
 
-def _balance(pairs: list[_Pair]) -> str:
+def _balance(pairs: list[Pair]) -> str:
     """How many boxes fit better and how many worse, and why both are shown."""
     better, worse = sum(pair.gain > 0 for pair in pairs), sum(pair.gain < 0 for pair in pairs)
     before, after = np.mean([pair.iou for pair in pairs], axis=0)
@@ -97,7 +110,7 @@ def _balance(pairs: list[_Pair]) -> str:
     )
 
 
-def _pairs(ground_truth: GroundTruth, before: Results, after: Results) -> list[_Pair]:
+def pairs_of(ground_truth: GroundTruth, before: Results, after: Results) -> list[Pair]:
     """Each object that has a confident box both before and after.
 
     The box of an object is, among those whose best object of their class it is, the one that fits it best: a box of a
@@ -119,7 +132,7 @@ def _pairs(ground_truth: GroundTruth, before: Results, after: Results) -> list[_
             of_side.append(_best_of_each(boxes, iou, best))
         for index in sorted(of_side[0].keys() & of_side[1].keys()):
             (old, iou_old), (new, iou_new) = (side[index] for side in of_side)
-            pairs.append(_Pair(image, objects[gt[index]], old, new, (iou_old, iou_new)))
+            pairs.append(Pair(image, objects[gt[index]], old, new, (iou_old, iou_new)))
     return pairs
 
 
@@ -133,7 +146,7 @@ def _best_of_each(boxes: FloatArray, iou: NDArray[np.floating], best: IntArray) 
     return chosen
 
 
-def _draw(axis: Any, pair: _Pair, *, width: float) -> None:
+def _draw(axis: Any, pair: Pair, *, width: float) -> None:
     patches = require("matplotlib.patches", extra="demo", purpose="The demo's picture")
     outlines = ((pair.truth, _TRUTH, "--"), (pair.before, _BEFORE, "-"), (pair.after, _AFTER, "-"))
     for (left, top, right, bottom), colour, style in outlines:
@@ -152,7 +165,7 @@ def _label_colour(gain: float) -> str:
     return _BETTER if gain > 0 else _WORSE if gain < 0 else _TRUTH
 
 
-def _zoom(axis: Any, pair: _Pair) -> None:
+def _zoom(axis: Any, pair: Pair) -> None:
     boxes = np.stack([pair.truth, pair.before, pair.after])
     center = (boxes[:, :2].min(0) + boxes[:, 2:].max(0)) / 2
     half = 0.7 * (boxes[:, 2:].max(0) - boxes[:, :2].min(0)).max()

@@ -9,12 +9,13 @@ from typing import Any
 from iou_refiner.demo.data import WHAT_IT_IS
 from iou_refiner.evaluation.agreement import Agreement
 from iou_refiner.evaluation.bootstrap import Comparison
+from iou_refiner.evaluation.tables import Table
 
 _SHOWN = ("AP", "AP50", "AP75", "AP90")
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Table):
     """What the demo measured on images that neither detector nor head had seen.
 
     Args:
@@ -28,7 +29,7 @@ class DemoResult:
     predicted_iou: Agreement
 
     @property
-    def about(self) -> str:
+    def caption(self) -> str:
         """What the data is, and how well score and predicted IoU follow the true IoU."""
         images = self.comparisons["the default"].before.images
         return (
@@ -38,7 +39,7 @@ class DemoResult:
         )
 
     @property
-    def head(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:
         """The names of the columns of :meth:`rows`."""
         return ("", "with", "before", "after", "difference", "95 % interval")
 

@@ -4,16 +4,49 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from iou_refiner.detector.fingerprint import fingerprint
 from iou_refiner.structures import Detections, FeatureMaps, ImageTransform
 
 #: What stands in the place of a detector's suppression: features and candidates in, detections out, image by image.
 Suppression = Callable[[FeatureMaps, list[Detections]], list[Detections]]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImage:
+    """One image as a detector sees it in training; boxes float32 xyxy in network pixels, without gradients.
+
+    Attributes:
+        proposals: (P, 4), boxes that the detector itself proposed, best first.
+        gt_boxes, gt_labels: (G, 4) and (G,) int64, the annotated objects, in the detector's own class numbers.
+        ignored_boxes, ignored_labels: (K, 4) and (K,), regions in which boxes are not judged.
+    """
+
+    proposals: Tensor
+    gt_boxes: Tensor
+    gt_labels: Tensor
+    ignored_boxes: Tensor
+    ignored_labels: Tensor
+
+    @classmethod
+    def of(
+        cls, proposals: Tensor, gt: tuple[Tensor, Tensor], ignored: tuple[Tensor, Tensor] | None = None
+    ) -> TrainingImage:
+        """From boxes as a framework has them, each with its labels."""
+        ignored = ignored or (gt[0][:0], gt[1][:0])
+        boxes = [part.detach().float() for part in (proposals, gt[0], ignored[0])]
+        return cls(boxes[0], boxes[1], gt[1].long(), boxes[2], ignored[1].long())
+
+
+#: What is learned beside the detector's own losses: the features of a batch, with gradients, and its images in; losses
+#: by name out, which are added to those of the detector.
+AddedLosses = Callable[[FeatureMaps, list[TrainingImage]], dict[str, Tensor]]
 
 #: The category ids of COCO's 80 classes in the order in which detectors number them: 1 to 90 with ten gaps.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
@@ -97,6 +130,19 @@ class Adapter(ABC):
         """The detector's own call with its suppression replaced: its own result type, plus ``ious``."""
         with torch.no_grad():
             return self.twin(suppression)(*args, **kwargs)
+
+    def losses(self, added: AddedLosses, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The detector's own training call: its losses, bit for bit, and those that ``added`` makes of what it saw.
+
+        Optional: an adapter without it wraps and trains heads, but does not train its detector together with one.
+
+        Raises:
+            TypeError: the adapter, or this kind of detector, has no joint training.
+        """
+        raise TypeError(
+            f"{self.name} cannot be trained together with a head: {type(self).__name__} has no `losses`. To train the "
+            "detector alone, put the head in inference mode: refiner.head.eval()."
+        )
 
     def extract(self, images: Any) -> tuple[FeatureMaps, list[Detections], list[ImageTransform]]:
         """From a batch as the detector takes it: feature maps, candidates **before** suppression (one row per box and

@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from iou_refiner.checks import DataError, check_positive
 from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.coco.data import FloatArray
+from iou_refiner.evaluation.tables import Table
 
 _LARGEST_SIDE = 1e5  # pixels, of the square where pycocotools' area ranges end
 # The area range (all, small, medium, large) and the IoU thresholds (.50, .55, ... .95) that a metric averages over.
@@ -50,7 +51,7 @@ class CategoryAP:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Table):
     """The COCO numbers of one set of detections.
 
     Args:
@@ -66,6 +67,11 @@ class Evaluation:
     max_dets: int
     images: int
     records: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of :meth:`rows`."""
+        return ("", "AP points")
 
     def rows(self) -> list[tuple[str, str]]:
         """A row ("AP", "17.9") per metric, in points; "-" where there is nothing to measure."""

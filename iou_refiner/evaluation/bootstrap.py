@@ -20,6 +20,7 @@ from iou_refiner.checks import check_positive
 from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.coco.data import FloatArray, IntArray
 from iou_refiner.evaluation.ap import METRICS, Evaluation, check, match, metrics, or_none, plain, points, summary
+from iou_refiner.evaluation.tables import Table
 
 MOST_RESAMPLES = 100_000  # from a few thousand on, the ends of an interval move by less than they show
 _THRESHOLDS = 10
@@ -29,7 +30,7 @@ _CHUNK = 2_000_000
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Table):
     """Two sets of detections of the same images, and how sure their difference is.
 
     Args:
@@ -50,6 +51,11 @@ class Comparison:
     def differences(self) -> dict[str, float]:
         """After minus before, per metric."""
         return {name: value - self.before.metrics[name] for name, value in self.after.metrics.items()}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of :meth:`rows`."""
+        return ("", "before", "after", "difference", "95 % interval")
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """A row ("AP", "17.9", "20.1", "+2.2", "[+1.5, +2.9]") per metric, in points; "-" for what cannot be had."""

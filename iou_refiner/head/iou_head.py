@@ -58,7 +58,7 @@ class IoUHead(nn.Module):
         channels: channels of each feature level, finest first.
         strides: pixels per cell of each level.
         config: the architecture; default :class:`HeadConfig`.
-        num_classes: 0 for one class-agnostic IoU; otherwise one for each of the labels 0 to K - 1.
+        num_classes: 0 for a class-agnostic head; otherwise each output has values for each label from 0 to K - 1.
         metadata: the detector it belongs to, recommended settings.
         siblings: the architecture of the network over siblings that judges the survivors of suppression, with what the
             trunk makes of them; None for a head without.
@@ -93,9 +93,10 @@ class IoUHead(nn.Module):
         self.narrow = nn.ModuleList(nn.Conv2d(c, width, 1) if width else nn.Identity() for c in self.channels)
         bins, pooled = self.config.output_size**2, width or self.channels[0]
         self.trunk = Trunk(self.num_levels, bins, pooled, mix=self.config.mix, hidden=self.config.hidden)
-        self.iou_output = nn.Linear(self.trunk.out_features, max(self.num_classes, 1))
-        self.ranking_output = nn.Linear(self.trunk.out_features, 1) if self.config.ranking else None
-        self.deltas_output = nn.Linear(self.trunk.out_features, 4) if self.config.deltas else None
+        classes = max(self.num_classes, 1)
+        self.iou_output = nn.Linear(self.trunk.out_features, classes)
+        self.ranking_output = nn.Linear(self.trunk.out_features, classes) if self.config.ranking else None
+        self.deltas_output = nn.Linear(self.trunk.out_features, 4 * classes) if self.config.deltas else None
         for output in (self.iou_output, self.ranking_output, self.deltas_output):
             if output is not None:
                 nn.init.normal_(output.weight, std=0.01)
@@ -164,7 +165,7 @@ class IoUHead(nn.Module):
         """
         embedding = self.roi_embedding(table, boxes, image_index, level)
         iou = self.to_iou(self.iou_logits(embedding, labels))
-        return Prediction(iou, self.ranking_logits(embedding).sigmoid() if self.config.ranking else iou)
+        return Prediction(iou, self.ranking_logits(embedding, labels).sigmoid() if self.config.ranking else iou)
 
     @torch.no_grad()
     def predict(
@@ -180,15 +181,16 @@ class IoUHead(nn.Module):
         return Prediction(*map(torch.cat, zip(*parts, strict=True)))
 
     @torch.no_grad()
-    def regress(self, table: FeatureTable, boxes: Tensor, image_index: Tensor) -> Tensor:
+    def regress(self, table: FeatureTable, boxes: Tensor, image_index: Tensor, labels: Tensor | None = None) -> Tensor:
         """Better boxes (R, 4) for boxes (R, 4), by one step of box regression; not clipped to the image.
 
         Raises:
-            ValueError: the head was made with ``deltas=False``.
+            ValueError: the head was made with ``deltas=False``, or is class-aware and ``labels`` are missing.
         """
-        deltas = [
-            self.deltas(self.roi_embedding(table, boxes[part], image_index[part])) for part in _chunks(len(boxes))
-        ]
+        deltas = []
+        for part in _chunks(len(boxes)):
+            embedding = self.roi_embedding(table, boxes[part], image_index[part])
+            deltas.append(self.deltas(embedding, None if labels is None else labels[part]))
         return decode_boxes(torch.cat(deltas), boxes) if deltas else boxes
 
     def roi_embedding(
@@ -217,34 +219,37 @@ class IoUHead(nn.Module):
         Raises:
             ValueError: the head is class-aware and ``labels`` are missing.
         """
-        logits: Tensor = self.iou_output(embedding).float()
-        if not self.num_classes:
-            return logits[:, 0]
-        if labels is None:
-            raise ValueError("`labels` must be given: this head predicts one IoU per class.")
-        return logits.gather(1, labels[:, None])[:, 0]
+        return self._of_class(self.iou_output(embedding), labels)[:, 0]
 
-    def ranking_logits(self, embedding: Tensor) -> Tensor:
+    def ranking_logits(self, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
         """From an embedding: (R,) float32, higher for the better of two boxes around one object.
 
         Raises:
-            ValueError: the head was made with ``ranking=False``.
+            ValueError: the head was made with ``ranking=False``, or as :meth:`iou_logits`.
         """
         if self.ranking_output is None:
             raise ValueError("This head has no ranking. Make one with `ranking=True` to learn the order of boxes.")
-        logits: Tensor = self.ranking_output(embedding).float()
-        return logits[:, 0]
+        return self._of_class(self.ranking_output(embedding), labels)[:, 0]
 
-    def deltas(self, embedding: Tensor) -> Tensor:
+    def deltas(self, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
         """From an embedding: (R, 4) float32, the deltas to a better box, see :func:`~iou_refiner.boxes.encode_boxes`.
 
         Raises:
-            ValueError: the head was made with ``deltas=False``.
+            ValueError: the head was made with ``deltas=False``, or as :meth:`iou_logits`.
         """
         if self.deltas_output is None:
             raise ValueError("This head only predicts the IoU. Make one with `deltas=True` to predict better boxes.")
-        deltas: Tensor = self.deltas_output(embedding).float()
+        deltas = self._of_class(self.deltas_output(embedding), labels)
         return deltas * deltas.new_tensor(DELTA_STDS)
+
+    def _of_class(self, output: Tensor, labels: Tensor | None) -> Tensor:
+        """Of an output of K classes (R, K * n): (R, n) float32, what it says for the class of each box."""
+        if self.num_classes and labels is None:
+            raise ValueError("`labels` must be given: this head predicts one IoU per class.")
+        if labels is None or not self.num_classes:
+            return output.float()
+        by_class = output.float().unflatten(1, (self.num_classes, output.shape[1] // self.num_classes))
+        return by_class[torch.arange(len(labels), device=labels.device), labels]
 
     def to_iou(self, logits: Tensor) -> Tensor:
         """IoU logits to the IoU in [0, 1]; NaN stays NaN."""

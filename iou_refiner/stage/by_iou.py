@@ -55,7 +55,7 @@ class ByIoU:
 
     def _regress(self, table: FeatureTable, batch: FlatBatch) -> FlatBatch:
         for _ in range(self.settings.regression_steps):
-            batch = batch.moved_to(self.head.regress(table, batch.boxes, batch.image_index))
+            batch = batch.moved_to(self.head.regress(table, batch.boxes, batch.image_index, batch.labels))
         return batch
 
     def _ascend(self, table: FeatureTable, batch: FlatBatch) -> FlatBatch:

@@ -21,6 +21,7 @@ from iou_refiner.evaluation.agreement import agreement
 from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.parallel.ranks import current
 from iou_refiner.progress import Progress, no_progress
+from iou_refiner.structures import FeatureMaps
 from iou_refiner.training.losses import total_loss
 from iou_refiner.training.run import Begun, TrainingRun
 from iou_refiner.training.samples import Samples, TrainingSet, sample_boxes
@@ -195,15 +196,22 @@ def _calibrate(head: IoUHead, train: TrainingSet) -> None:
     Values that are not finite are passed over here: the training step reports them, with their image.
     """
     chosen = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
-    powers = [
-        torch.stack([_finite(level).double().square().mean().cpu() for level in extraction.features.levels])[None]
-        for extraction, _ in train.stream(current().mine(chosen))
-    ]
+    powers = [mean_squares(extraction.features)[None] for extraction, _ in train.stream(current().mine(chosen))]
     levels = torch.zeros(0, len(head.strides), dtype=torch.float64)
-    power = torch.cat(current().share(powers, len(chosen), levels)).nanmean(0)
+    scale_input_layer(head, torch.cat(current().share(powers, len(chosen), levels)).nanmean(0))
+
+
+@torch.no_grad()
+def scale_input_layer(head: IoUHead, power: Tensor) -> None:
+    """Divide the weights that read each level by the root of its mean square, ``power`` (levels,)."""
     for index, narrow in enumerate(head.narrow):
         if isinstance(narrow, nn.Conv2d):
             narrow.weight /= power[index].sqrt().clamp(min=1e-6).to(narrow.weight)
+
+
+def mean_squares(features: FeatureMaps) -> Tensor:
+    """Of each level (levels,) float64, on the CPU."""
+    return torch.stack([_finite(level).double().square().mean().cpu() for level in features.levels])
 
 
 def _finite(values: Tensor) -> Tensor:

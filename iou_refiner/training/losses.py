@@ -24,7 +24,13 @@ RANKING_WEIGHT = 2.0
 
 
 def total_loss(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
-    """The losses of all outputs that the head has.
+    """The sum of :func:`losses_by_output`."""
+    first, *others = losses_by_output(head, embedding, samples, image_index).values()
+    return sum(others, first)
+
+
+def losses_by_output(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> dict[str, Tensor]:
+    """The losses of all outputs that the head has, weighted: ``iou``, and perhaps ``ranking`` and ``deltas``.
 
     Args:
         head: for its outputs and its objective.
@@ -34,12 +40,13 @@ def total_loss(head: IoUHead, embedding: Tensor, samples: Samples, image_index: 
     """
     positive = torch.nonzero(samples.iou > _POSITIVE_IOU).flatten()
     logits = head.iou_logits(embedding[positive], samples.labels[positive])
-    loss = iou_loss(head, logits, samples.iou[positive])
+    losses = {"iou": iou_loss(head, logits, samples.iou[positive])}
     if head.config.ranking:
-        loss = loss + RANKING_WEIGHT * ranking_loss(head.ranking_logits(embedding), samples, image_index)
+        ranking = head.ranking_logits(embedding, samples.labels)
+        losses["ranking"] = RANKING_WEIGHT * ranking_loss(ranking, samples, image_index)
     if head.config.deltas:
-        loss = loss + deltas_loss(head.deltas(embedding), samples)
-    return loss
+        losses["deltas"] = deltas_loss(head.deltas(embedding, samples.labels), samples)
+    return losses
 
 
 def iou_loss(head: IoUHead, logits: Tensor, iou: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def on_policy(head: IoUHead) -> SampleBoxes:
         refined = torch.rand(len(samples), generator=settings["generator"]) < _ON_POLICY
         with torch.no_grad():
             table = head.encode(extraction.features)
-        boxes = head.regress(table, samples.boxes, torch.zeros_like(samples.labels))
+        boxes = head.regress(table, samples.boxes, torch.zeros_like(samples.labels), samples.labels)
         boxes = torch.where(refined[:, None], clip_boxes(boxes, extraction.features.image_sizes[0]), samples.boxes)
         iou, gt_boxes = targets.match(boxes, samples.labels)
         rows = torch.nonzero(torch.isfinite(iou) & valid_boxes(boxes)).flatten()

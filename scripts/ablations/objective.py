@@ -18,8 +18,8 @@ from scripts.ablations.variant import Variant
 def iou_of_all(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
     """The IoU also of boxes that mean no object."""
     iou = losses.iou_loss(head, head.iou_logits(embedding, samples.labels), samples.iou)
-    ranking = losses.ranking_loss(head.ranking_logits(embedding), samples, image_index)
-    return iou + losses.deltas_loss(head.deltas(embedding), samples) + losses.RANKING_WEIGHT * ranking
+    ranking = losses.ranking_loss(head.ranking_logits(embedding, samples.labels), samples, image_index)
+    return iou + losses.deltas_loss(head.deltas(embedding, samples.labels), samples) + losses.RANKING_WEIGHT * ranking
 
 
 def ranking_of_iou(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def ranking_of_iou(head: IoUHead, embedding: Tensor, samples: Samples, image_ind
 
 def without_iou(head: IoUHead, embedding: Tensor, samples: Samples, image_index: Tensor) -> Tensor:
     """The ranking and the deltas. The divergence is that of Gustafsson et al., 2020."""
-    ranking = losses.ranking_loss(head.ranking_logits(embedding), samples, image_index)
-    return losses.RANKING_WEIGHT * ranking + losses.deltas_loss(head.deltas(embedding), samples)
+    ranking = losses.ranking_loss(head.ranking_logits(embedding, samples.labels), samples, image_index)
+    return losses.RANKING_WEIGHT * ranking + losses.deltas_loss(head.deltas(embedding, samples.labels), samples)
 
 
 _IOU_ALONE = {"ranking": False, "deltas": False}

@@ -23,7 +23,7 @@ _FIVE_STEPS = partial(refine_boxes, steps=5, step_size=0.05)
 def regress(head: IoUHead, features: FeatureMaps, candidates: Detections) -> Tensor:
     """Boxes (N, 4) after one step of regression."""
     table = _encode(head, features)
-    boxes = head.regress(table, candidates.boxes, torch.zeros_like(candidates.labels))
+    boxes = head.regress(table, candidates.boxes, torch.zeros_like(candidates.labels), candidates.labels)
     return clip_boxes(boxes, features.image_sizes[0])
 
 

@@ -77,7 +77,7 @@ class Evaluator:
             with torch.no_grad():
                 table = self.head.encode(features)
             for _ in range(steps):
-                boxes = self.head.regress(table, image.boxes, torch.zeros_like(image.labels))
+                boxes = self.head.regress(table, image.boxes, torch.zeros_like(image.labels), image.labels)
                 image = image.replace(boxes=clip_boxes(boxes, features.image_sizes[0]))
             return [image]
 

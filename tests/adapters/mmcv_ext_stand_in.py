@@ -1,4 +1,4 @@
-"""The compiled module ``mmcv._ext`` for tests: the two kernels that mmdet's detectors call here, from torchvision.
+"""The compiled module ``mmcv._ext`` for tests: the kernels that mmdet's detectors call here, from torchvision.
 
 mmcv-lite is all of mmcv's Python without its kernels, and mmdet does not import without them. Compiling them takes most
 of an hour. With this module in their place mmdet runs as it is; a kernel that is not here says so when it is called.
@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchvision import ops
 
@@ -45,6 +46,28 @@ def roi_align_forward(
     output.copy_(ops.roi_align(maps, rois, size, spatial_scale, sampling_ratio, aligned))
 
 
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_maps: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """The gradient of :func:`roi_align_forward` to the maps, written into ``grad_maps``."""
+    with torch.enable_grad():
+        maps = torch.zeros_like(grad_maps).requires_grad_()
+        size = (aligned_height, aligned_width)
+        output = ops.roi_align(maps, rois, size, spatial_scale, sampling_ratio, aligned)
+    grad_maps.copy_(torch.autograd.grad(output, maps, grad_output)[0])
+
+
 def absent(name: str) -> Callable[..., Any]:
     """A kernel of mmcv that is not here."""
     if name.startswith("__"):  # not a kernel: Python itself asks whether a module has these
@@ -62,5 +85,6 @@ def install() -> None:
         return
     module = ModuleType("mmcv._ext", __doc__)
     module.__spec__ = ModuleSpec("mmcv._ext", loader=None)
-    vars(module).update(nms=nms, roi_align_forward=roi_align_forward, __getattr__=absent)
+    kernels = {"nms": nms, "roi_align_forward": roi_align_forward, "roi_align_backward": roi_align_backward}
+    vars(module).update(kernels, __getattr__=absent)
     sys.modules["mmcv._ext"] = module

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import urllib.request
+from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
 
+from iou_refiner import DataError
 from iou_refiner.adapters.torchvision import TorchvisionAdapter
+from iou_refiner.detector.registry import detector_from_spec
 from tests.adapters.case import noise
 from tests.adapters.cases_torchvision import tiny, tiny_case
 
@@ -108,3 +114,81 @@ def test_a_twin_that_trains_is_the_detector_that_trains(name: str) -> None:
         losses.append(model([torch.ones(3, 96, 96) / 2], targets))
     assert losses[0].keys() == losses[1].keys()
     assert all(torch.equal(losses[0][key], losses[1][key]) for key in losses[0])
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+OF_THE_REGISTRY = [
+    "fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn",
+]  # fmt: skip
+
+
+def own(name: str, num_classes: int = 5) -> nn.Module:
+    return getattr(detection, name)(weights=None, weights_backbone=None, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", OF_THE_REGISTRY)
+def test_weights_of_ones_own_tell_their_classes(name: str, tmp_path: Path) -> None:
+    """Whatever a trainer wrapped them in: the detector is the one that was saved, tensor for tensor."""
+    detector = own(name)
+    state = detector.state_dict()
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, tmp_path / "w.pth")
+    adapter = detector_from_spec(f"torchvision:{name}:{tmp_path / 'w.pth'}")
+    loaded = adapter.detector.state_dict()
+    assert not adapter.training
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_weights_as_safetensors_or_plain(tmp_path: Path) -> None:
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    state = own(name, 3).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    prints = {detector_from_spec(f"torchvision:{name}:{tmp_path / file}").fingerprint() for file in
+              ("w.pth", "w.safetensors")}  # fmt: skip
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "no such file"),
+        ({"weight": torch.ones(2)}, r"are not of torchvision's ssd300_vgg16: .* is missing"),
+        ([torch.ones(2)], "are no state_dict"),
+        (b"no pickle", "cannot be read"),
+        (b"", "cannot be read"),
+        ("ssdlite320_mobilenet_v3_large", "are not of torchvision's ssd300_vgg16"),
+        ("odd", "for no number of classes"),
+        ("cut", "Missing key"),
+    ],
+)
+def test_weights_that_are_none_of_it_are_refused(content: Any, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    if content == "odd":
+        content = own("ssd300_vgg16").state_dict()
+        content["head.classification_head.module_list.0.weight"] = torch.ones(7, 512, 3, 3)
+    elif content == "cut":
+        content = own("ssd300_vgg16").state_dict()
+        del content["backbone.scale_weight"]
+    elif isinstance(content, str):
+        content = own(content).state_dict()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(DataError, match=match):
+        detector_from_spec(f"torchvision:ssd300_vgg16:{path}")
+
+
+def test_without_a_connection_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(DataError, match=r"fetch https://\S+\.pth elsewhere and save it as \S+\.pth\. For weights of"):
+        detector_from_spec("torchvision:ssdlite320_mobilenet_v3_large")
+    with pytest.raises(DataError, match=r"fasterrcn"):
+        detector_from_spec("torchvision:fasterrcn")

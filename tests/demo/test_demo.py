@@ -235,9 +235,9 @@ def test_the_table_has_a_row_per_metric_and_stage(ran: Ran) -> None:
     rows = ran.result.rows()
     assert [row[1] for row in rows] == list(STAGES) * 4
     assert [row[0] for row in rows if row[0]] == ["AP", "AP50", "AP75", "AP90"]
-    assert {len(row) for row in rows} == {len(ran.result.head)}
-    assert "not real-world AP. 5 test images." in ran.result.about
-    assert "Correlation with the true IoU, over the" in ran.result.about
+    assert {len(row) for row in rows} == {len(ran.result.columns)}
+    assert "not real-world AP. 5 test images." in ran.result.caption
+    assert "Correlation with the true IoU, over the" in ran.result.caption
 
 
 def test_numbers_are_finite_and_survive_json(ran: Ran) -> None:

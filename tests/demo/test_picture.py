@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from iou_refiner.coco import xywh_to_xyxy
-from iou_refiner.demo.picture import _legend, _pairs
+from iou_refiner.demo.picture import _legend, pairs_of
 from tests.kit.reference import box_iou
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 
@@ -18,7 +18,7 @@ TRUTH = make_truth([1], [1, 2], [(1, 1, LEFT, False), (1, 1, RIGHT, False)])
 def test_a_box_of_the_neighbour_is_not_taken_for_one_that_moved_away():
     before = make_results([(1, 1, LEFT, 0.9), (1, 1, RIGHT, 0.9)])
     after = make_results([(1, 1, RIGHT, 0.9)])
-    pairs = _pairs(TRUTH, before, after)
+    pairs = pairs_of(TRUTH, before, after)
     assert [pair.truth.tolist() for pair in pairs] == [[40, 10, 80, 50]]
     assert pairs[0].iou == (1, 1)
 
@@ -26,8 +26,8 @@ def test_a_box_of_the_neighbour_is_not_taken_for_one_that_moved_away():
 @pytest.mark.parametrize("record", [(1, 2, LEFT, 0.9), (1, 1, LEFT, 0.4), (1, 1, (300, 300, 9, 9), 0.9)])
 def test_boxes_of_another_class_unsure_ones_and_strays_are_of_no_object(record: tuple):
     good = make_results([(1, 1, LEFT, 0.9)])
-    assert len(_pairs(TRUTH, good, good)) == 1
-    assert _pairs(TRUTH, good, make_results([record])) == []
+    assert len(pairs_of(TRUTH, good, good)) == 1
+    assert pairs_of(TRUTH, good, make_results([record])) == []
 
 
 @given(seed=seeds)
@@ -38,7 +38,7 @@ def test_a_pair_is_of_one_object_and_tells_its_iou(seed: int):
             results.image_id, results.category_id, results.bbox, results.score, strict=True)]
     )  # fmt: skip
     objects = xywh_to_xyxy(truth.bbox)
-    for pair in _pairs(truth, results, after):
+    for pair in pairs_of(truth, results, after):
         for box, iou in zip((pair.before, pair.after), pair.iou, strict=True):
             assert iou == pytest.approx(box_iou(tuple(pair.truth), tuple(box)))
             same = (truth.image_id == pair.image.id) & ~truth.iscrowd
@@ -50,7 +50,7 @@ def test_a_pair_is_of_one_object_and_tells_its_iou(seed: int):
 def test_the_words_count_better_and_worse_and_say_what_the_colours_mean():
     before = make_results([(1, 1, LEFT, 0.9), (1, 1, (40, 10, 40, 20), 0.9)])
     after = make_results([(1, 1, (10, 10, 40, 30), 0.9), (1, 1, RIGHT, 0.9)])
-    words = _legend(_pairs(TRUTH, before, after), 1, 1, "made images")
+    words = _legend(pairs_of(TRUTH, before, after), 1, 1, "made images")
     assert "green where the box fits better, red where it fits worse" in words
     assert "Of 2 objects with a box before and after, 1 fit better and 1 worse, mean IoU 0.750 → 0.875" in words
     assert "better and" not in _legend([], 1, 0, "made images")

@@ -41,7 +41,7 @@ def test_no_boxes_give_no_predictions(config: dict[str, Any]) -> None:
     table = head.encode(make_features())
     for predict in (head, head.predict):
         assert [part.shape for part in predict(table, torch.zeros(0, 4), none, none)] == [(0,), (0,)]
-    assert head.regress(table, torch.zeros(0, 4), none).shape == (0, 4)
+    assert head.regress(table, torch.zeros(0, 4), none, none).shape == (0, 4)
     assert head.encode(make_features(0)).num_images == 0
 
 
@@ -58,11 +58,11 @@ def test_predicting_is_the_forward_pass_without_gradients_and_in_pieces_the_same
         torch.testing.assert_close(part, differentiable.detach())
         assert ((part >= 0) & (part <= 1)).all()
     assert torch.equal(prediction.iou, prediction.ranking) is not ranking
-    moved = head.regress(table, boxes, image)
+    moved = head.regress(table, boxes, image, labels)
     monkeypatch.setattr(iou_head, "_CHUNK_BOXES", 3)
     for whole, pieces in zip(prediction, head.predict(table, boxes, image, labels), strict=True):
         torch.testing.assert_close(pieces, whole)
-    torch.testing.assert_close(head.regress(table, boxes, image), moved)
+    torch.testing.assert_close(head.regress(table, boxes, image, labels), moved)
 
 
 def test_the_outputs_are_what_the_logits_say() -> None:
@@ -114,6 +114,29 @@ def test_a_class_aware_head_predicts_for_the_class_given() -> None:
     assert (by_class[:, 0] != by_class[:, 1]).all()
     with pytest.raises(ValueError, match="`labels` must be given: this head predicts one IoU per class"):
         head(table, boxes, image)
+
+
+def test_a_class_aware_head_is_for_each_class_the_head_with_the_outputs_of_that_class() -> None:
+    aware, (boxes, image) = make_head(num_classes=3), make_boxes(6)
+    table = aware.encode(make_features())
+    for number in range(3):
+        labels = torch.full((6,), number)
+        alone = make_head()
+        alone.load_state_dict(
+            {
+                name: tensor.unflatten(0, (3, -1))[number] if "_output." in name else tensor
+                for name, tensor in aware.state_dict().items()
+            }
+        )
+        for one, other in zip(aware(table, boxes, image, labels), alone(table, boxes, image), strict=True):
+            torch.testing.assert_close(one, other)
+        moved = aware.regress(table, boxes, image, labels)
+        torch.testing.assert_close(moved, alone.regress(table, boxes, image))
+        assert not torch.isclose(moved, aware.regress(table, boxes, image, (labels + 1) % 3)).all(1).any()
+    embedding = aware.roi_embedding(table, boxes, image)
+    for output in (aware.iou_logits, aware.ranking_logits, aware.deltas):
+        with pytest.raises(ValueError, match="`labels` must be given"):
+            output(embedding)
 
 
 def test_what_is_not_finite_is_nan_and_alone() -> None:

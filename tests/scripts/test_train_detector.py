@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from iou_refiner import DataError
+from iou_refiner import DataError, load_head
 from iou_refiner.coco import read_ground_truth
 from iou_refiner.detector.registry import detector_from_spec
+from tests.kit import processes
 from tests.kit.needs import DEV, needs_package
 from tests.kit.paths import ROOT
 from tests.kit.toys import SIZE, make_dataset
@@ -181,3 +182,63 @@ def test_a_loss_that_is_not_finite_is_reported(script: ModuleType, tmp_path: Pat
     detector.rpn.head.cls_logits.bias.data.fill_(torch.nan)
     with pytest.raises(DataError, match="The loss is nan"):
         step_on(script, detector, [8.0, 8, 40, 40], tmp_path)
+
+
+# --- together with a head --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joint(script: ModuleType, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("joint")
+    script.main([*arguments, "--output", str(folder), "--joint"])
+    return folder
+
+
+def test_a_head_of_every_epoch_and_of_the_best_belongs_to_the_detector_beside_it(joint: Path) -> None:
+    best = (joint / "best.safetensors").read_bytes()
+    for name in ("01", "02"):
+        adapter: Any = detector_from_spec(
+            f"{ROOT / 'examples' / 'small_detectors.py'}:faster_rcnn:{joint / f'epoch-{name}.safetensors'}"
+        )
+        head = load_head(joint / f"head-{name}.safetensors")
+        assert head.metadata.fingerprint == adapter.fingerprint()
+        assert [category.name for category in head.metadata.categories] == ["rectangle"]
+        if (joint / f"epoch-{name}.safetensors").read_bytes() == best:
+            assert load_head(joint / "head.safetensors").metadata.fingerprint == adapter.fingerprint()
+
+
+def test_the_head_learns_with_it(joint: Path, trained: Path) -> None:
+    first, last = (weights(joint / f"head-{name}.safetensors") for name in ("01", "02"))
+    assert all(not torch.equal(first[name], last[name]) for name in first)
+    assert not same(weights(joint / "epoch-02.safetensors"), weights(trained / "epoch-02.safetensors"))
+
+
+def test_a_stopped_joint_run_goes_on_to_the_same_weights(
+    script: ModuleType, arguments: list[str], joint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = script.Training.step, []
+
+    def stopped(training: Any, *batch: Any) -> float:
+        steps.append(len(steps))
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return float(step(training, *batch))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Training, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            script.main([*arguments, "--output", str(tmp_path), "--joint"])
+    script.main([*arguments, "--output", str(tmp_path), "--joint", "--resume"])
+    for name in ("epoch-02.safetensors", "head-02.safetensors"):
+        assert (tmp_path / name).read_bytes() == (joint / name).read_bytes()
+    with pytest.raises(DataError, match=r"last\.pt was made with another joint"):
+        script.main([*arguments, "--output", str(tmp_path), "--resume"])
+
+
+def test_in_two_processes(arguments: list[str], script: ModuleType, tmp_path: Path) -> None:
+    words = ["-m", "scripts.train_detector", *arguments, "--output", str(tmp_path / "two"), "--joint"]
+    first, second = processes.run(2, words, tmp_path)
+    assert "epoch 2" in first.err + first.out
+    assert "epoch" not in second.err + second.out
+    assert [entry["epoch"] for entry in metrics(tmp_path / "two")] == [1, 2]
+    assert metrics(tmp_path / "two")[1]["loss"] < metrics(tmp_path / "two")[0]["loss"]

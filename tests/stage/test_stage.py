@@ -40,7 +40,7 @@ class Misled(OracleHead):
         super().__init__(gt_boxes)
         self.config = replace(self.config, deltas=True)
 
-    def regress(self, table, boxes, image_index):
+    def regress(self, table, boxes, image_index, labels=None):
         return boxes + boxes.new_tensor([6.0, 0, 6, 0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from iou_refiner.training.losses import RANKING_WEIGHT, _log_softmax, deltas_los
 from iou_refiner.training.samples import Samples
 
 
-def make_head(**config) -> IoUHead:
-    return IoUHead((4,), (8,), HeadConfig(width=2, hidden=(6,), output_size=2, **config))
+def make_head(num_classes: int = 0, **config) -> IoUHead:
+    config = HeadConfig(width=2, hidden=(6,), output_size=2, **config)
+    return IoUHead((4,), (8,), config, num_classes=num_classes)
 
 
 def make_samples(iou: list[float], gt_boxes: list[list[float]]) -> Samples:
@@ -71,6 +74,15 @@ def test_every_output_learns_from_the_total(ranking, deltas):
     learned = {name for name, weight in head.named_parameters() if weight.grad is not None and weight.grad.abs().sum()}
     expected = {"iou_output"} | ({"ranking_output"} if ranking else set()) | ({"deltas_output"} if deltas else set())
     assert {name.partition(".")[0] for name in learned} == expected
+
+
+def test_a_class_aware_head_learns_for_the_class_of_the_box_alone():
+    head = make_head(num_classes=3)
+    samples = replace(make_samples([0.8, 0.5, 0.2], [[12.0, 12, 33, 44]] * 3), labels=torch.tensor([1, 1, 1]))
+    total_loss(head, torch.randn(3, 6), samples, torch.zeros(3, dtype=torch.int64)).backward()
+    for output in (head.iou_output, head.ranking_output, head.deltas_output):
+        learned = output.weight.grad.unflatten(0, (3, -1)).abs().sum((1, 2))
+        assert learned.gt(0).tolist() == [False, True, False]
 
 
 def test_the_iou_is_learned_from_boxes_that_mean_an_object_alone():

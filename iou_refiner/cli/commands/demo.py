@@ -25,8 +25,8 @@ def demo(*, output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("
     with console.progress() as progress:
         result = run_demo(output, seed=console.seed, progress=progress)
     if not console.as_json:
-        print(result.about)
-    console.table(result.head, result.rows(), result.to_dict())
+        console.print(result.caption)
+    console.table(result.columns, result.rows(), result.to_dict())
     console.note(f"Images, weights, results and the picture before_after.png are in {output}")
     console.note(f"See the gain, the errors and the images that changed most: {report_command(output)}")
     return OK

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from iou_refiner.cli.exit_codes import GATE_MISSED, OK
-from iou_refiner.cli.options import Annotation, Quiet
-
-if TYPE_CHECKING:
-    from iou_refiner.coco import GroundTruth, Results
+from iou_refiner.cli.inputs import CategoryIds, ImageIds, category_numbers
+from iou_refiner.cli.options import Annotation, NoCheck, Quiet
 
 _MOST_RESAMPLES = 100_000  # as in evaluation.bootstrap, which --help does not wait for
 
@@ -28,14 +26,9 @@ def eval_(
     bootstrap: Annotated[int, Parameter(validator=Number(gte=0, lte=_MOST_RESAMPLES))] = 1000,
     max_dets: Annotated[int, Parameter(validator=Number(gte=1, lte=1_000_000))] = 100,
     fail_under: Annotated[tuple[str, ...], Parameter(help="A gate such as AP=0.38, or with --baseline +AP=0.")] = (),
-    check: Annotated[
-        bool,
-        Parameter(
-            negative="--no-check",
-            show_default=False,
-            help="Refuse files with errors, as `validate` finds them; default.",
-        ),
-    ] = True,
+    image_ids: ImageIds = "annotation",
+    category_ids: CategoryIds = "annotation",
+    check: NoCheck = True,
     console: Quiet,
 ) -> int:
     """COCO AP of a results file, at each threshold; with --baseline before, after, difference and 95 % interval.
@@ -51,42 +44,26 @@ def eval_(
     """
     with console.usage():
         gates = [_gate(text, baseline is not None) for text in fail_under]
-    ground_truth, sides = _read(ann, [path for path in (baseline, detections) if path is not None], check)
+    from iou_refiner.evaluation.bootstrap import Comparison
+    from iou_refiner.verbs.evaluate import evaluate
+
+    outcome = evaluate(
+        detections, ann, baseline=baseline, bootstrap=bootstrap, max_dets=max_dets, seed=console.seed, check=check,
+        image_ids=image_ids, category_ids=category_numbers(category_ids),
+    )  # fmt: skip
+    console.table(outcome.columns, outcome.rows(), outcome.to_dict())
     measured: Mapping[str, float]
-    if baseline is None:
-        from iou_refiner.evaluation.ap import evaluate
-
-        evaluation = evaluate(sides[0], ground_truth, max_dets=max_dets)
-        console.table(["", "AP points"], evaluation.rows(), evaluation.to_dict())
-        measured = evaluation.metrics
-    else:
-        from iou_refiner.evaluation.bootstrap import compare
-
-        comparison = compare(
-            sides[0], sides[1], ground_truth, resamples=bootstrap, seed=console.seed, max_dets=max_dets
-        )
-        console.table(["", "before", "after", "difference", "95 % interval"], comparison.rows(), comparison.to_dict())
-        measured = {**comparison.after.metrics, **{f"+{k}": v for k, v in comparison.differences.items()}}
+    if isinstance(outcome, Comparison):
+        measured = {**outcome.after.metrics, **{f"+{k}": v for k, v in outcome.differences.items()}}
         console.note(
             f"Where it changed, with pictures: iou-refiner report {baseline} {detections} --ann {ann} -o report.html"
         )
+    else:
+        measured = outcome.metrics
     missed = [line for name, bar in gates if (line := _missed(name, measured[name], bar))]
     for line in missed:
         console.note(f"Gate missed: {line}.")
     return GATE_MISSED if missed else OK
-
-
-def _read(ann: Path, files: list[Path], check: bool) -> tuple[GroundTruth, list[Results]]:
-    """The annotation and the results, refused if `validate` would."""
-    from iou_refiner.coco import read_ground_truth, read_results
-    from iou_refiner.validation.validate import check_before
-
-    ground_truth = read_ground_truth(ann)
-    sides = [read_results(path) for path in files]
-    if check:
-        for path, results in zip(files, sides, strict=True):
-            check_before(results, ground_truth, path, ann=ann)
-    return ground_truth, sides
 
 
 def _gate(text: str, has_baseline: bool) -> tuple[str, float]:

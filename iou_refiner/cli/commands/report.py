@@ -10,6 +10,7 @@ from cyclopts.validators import Number
 
 from iou_refiner.cli.console import new_file
 from iou_refiner.cli.exit_codes import OK
+from iou_refiner.cli.inputs import CategoryIds, ImageIds, category_numbers
 from iou_refiner.cli.options import Annotation, NoCheck, Overwrite, Quiet
 
 _MOST_RESAMPLES = 100_000  # as in evaluation.bootstrap, which --help does not wait for
@@ -24,6 +25,8 @@ def report(
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="HTML file to write.")] = Path("report.html"),
     bootstrap: Annotated[int, Parameter(validator=Number(gte=0, lte=_MOST_RESAMPLES))] = 1000,
     max_dets: Annotated[int, Parameter(validator=Number(gte=1, lte=1_000_000))] = 100,
+    image_ids: ImageIds = "annotation",
+    category_ids: CategoryIds = "annotation",
     check: NoCheck = True,
     overwrite: Overwrite = False,
     console: Quiet,
@@ -42,25 +45,15 @@ def report(
         Detections that count per image and category, as in pycocotools.
     """
     new_file(output, overwrite, inputs=(before, after, ann))
-    from iou_refiner.checks import require
-    from iou_refiner.coco import read_ground_truth, read_results
-    from iou_refiner.report import make_report
-    from iou_refiner.validation.validate import check_before
+    from iou_refiner.verbs.report import report as make
 
-    require("jinja2", extra="report", purpose="The report")  # before anything is read
-    ground_truth = read_ground_truth(ann)
-    sides = [read_results(path) for path in (before, after)]
-    if check:
-        for path, results in zip((before, after), sides, strict=True):
-            check_before(results, ground_truth, path, ann=ann)
     with console.progress() as progress:
-        made = make_report(
-            sides[0], sides[1], ground_truth, images, names=(before.name, after.name),
-            resamples=bootstrap, seed=console.seed, max_dets=max_dets, progress=progress,
+        made = make(
+            before, after, ann, images, bootstrap=bootstrap, seed=console.seed, max_dets=max_dets, check=check,
+            image_ids=image_ids, category_ids=category_numbers(category_ids), progress=progress,
         )  # fmt: skip
     made.save(output)
-    verdict = made.facts.verdict
-    console.data(made.to_dict(), f"{verdict.gain}. {verdict.trust}")
+    console.data(made.to_dict(), made.caption)
     if images is None:
         console.note("Without --images the page has no pictures.")
     console.note(f"{output}: {output.stat().st_size / 1e6:.1f} MB, one file, to open in any browser.")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from iou_refiner.evaluation.ap import points
-from iou_refiner.report.errors import Errors
-from iou_refiner.report.facts import THRESHOLDS, Facts
-from iou_refiner.report.fit import CELLS, Calibration, Fit
+from iou_refiner.reporting.errors import Errors
+from iou_refiner.reporting.facts import THRESHOLDS, Facts
+from iou_refiner.reporting.fit import CELLS, Calibration, Fit
 
 # Of a drawing, in units that become CSS pixels on a small phone: text stays legible there.
 WIDTH, HEIGHT = 340, 236

@@ -15,7 +15,7 @@ from iou_refiner.coco import GroundTruth, Image, Results
 from iou_refiner.coco.data import IntArray
 from iou_refiner.detector.images import ImageFolder
 from iou_refiner.progress import Progress, no_progress
-from iou_refiner.report.facts import Facts, Side
+from iou_refiner.reporting.facts import Facts, Side
 
 MOST_IMAGES = 12  # of each gallery
 _MOST_BOXES = 100  # drawn of one side in one image

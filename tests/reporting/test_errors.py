@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from iou_refiner.coco import GroundTruth, Results, xywh_to_xyxy
 from iou_refiner.evaluation.ap import evaluate, match
-from iou_refiner.report.errors import KINDS, Errors, find_errors
-from iou_refiner.report.matching import Matching, image_ap, mean_ap
+from iou_refiner.reporting.errors import KINDS, Errors, find_errors
+from iou_refiner.reporting.matching import Matching, image_ap, mean_ap
 from tests.kit.reference import box_iou
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from iou_refiner.report import make_report
+from iou_refiner.reporting import make_report
 from tests.kit.needs import ABSENT, DEV, needs_package
-from tests.report.cases import HOSTILE, make_case
+from tests.reporting.cases import HOSTILE, make_case
 
 WIDTHS = (360, 1280)
 LAYERS = {"t": "truth", "b": "before", "a": "after"}

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from iou_refiner.coco import GroundTruth, Results, xywh_to_xyxy
 from iou_refiner.coco.data import FloatArray, IntArray, group_rows
 from iou_refiner.numpy_boxes import pairwise_iou
-from iou_refiner.report.matching import Matching, mean_ap
+from iou_refiner.reporting.matching import Matching, mean_ap
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 #: The kinds of false alarms in the order they are tried, then the missed objects.

@@ -23,10 +23,10 @@ from iou_refiner.evaluation.bootstrap import (
 from iou_refiner.evaluation.true_iou import true_iou
 from iou_refiner.files import finite
 from iou_refiner.progress import Progress, no_progress
-from iou_refiner.report.errors import Errors, find_errors
-from iou_refiner.report.fit import Calibration, Fit, calibrate, fit
-from iou_refiner.report.matching import Matching, image_ap
-from iou_refiner.report.verdict import Verdict, verdict_of
+from iou_refiner.reporting.errors import Errors, find_errors
+from iou_refiner.reporting.fit import Calibration, Fit, calibrate, fit
+from iou_refiner.reporting.matching import Matching, image_ap
+from iou_refiner.reporting.verdict import Verdict, verdict_of
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 

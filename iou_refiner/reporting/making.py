@@ -8,15 +8,16 @@ from typing import Any
 
 from iou_refiner.checks import require, shown
 from iou_refiner.coco import GroundTruth, Results, read_ground_truth, read_results
+from iou_refiner.evaluation.tables import Table
 from iou_refiner.files import write_whole
 from iou_refiner.progress import Progress, no_progress
-from iou_refiner.report.facts import Facts, measure
-from iou_refiner.report.gallery import Galleries, make_galleries
-from iou_refiner.report.page import render
+from iou_refiner.reporting.facts import Facts, measure
+from iou_refiner.reporting.gallery import Galleries, make_galleries
+from iou_refiner.reporting.page import render
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class Report(Table):
     """A report on two sets of detections of the same images.
 
     Args:
@@ -28,6 +29,20 @@ class Report:
     facts: Facts
     galleries: Galleries | None
     html: str
+
+    @property
+    def caption(self) -> str:
+        """The gain, and whether to trust it."""
+        return f"{self.facts.verdict.gain}. {self.facts.verdict.trust}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of :meth:`rows`."""
+        return self.facts.comparison.columns
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A row per metric, as of the comparison."""
+        return list(self.facts.comparison.rows())
 
     def save(self, path: str | Path) -> None:
         """Write the page, beside and renamed; what stands there is replaced.

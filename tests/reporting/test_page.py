@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from iou_refiner import MissingPackageError, cli
-from iou_refiner.report import Report, make_report
-from iou_refiner.report.gallery import MOST_IMAGES
-from tests.report.cases import HOSTILE, Case, make_case
+from iou_refiner.reporting import Report, make_report
+from iou_refiner.reporting.gallery import MOST_IMAGES
+from tests.reporting.cases import HOSTILE, Case, make_case
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from iou_refiner import __version__
 from iou_refiner.checks import require, shown
 from iou_refiner.coco import GroundTruth
 from iou_refiner.evaluation.ap import CategoryAP, points
-from iou_refiner.report.charts import HEIGHT, WIDTH, calibration_plot, curve_plot, error_bars, fit_plot, whiskers
-from iou_refiner.report.facts import THRESHOLDS, Facts
-from iou_refiner.report.gallery import Galleries
+from iou_refiner.reporting.charts import HEIGHT, WIDTH, calibration_plot, curve_plot, error_bars, fit_plot, whiskers
+from iou_refiner.reporting.facts import THRESHOLDS, Facts
+from iou_refiner.reporting.gallery import Galleries
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MANY_CLASSES = 12  # above which only those that changed most are shown at once
@@ -44,30 +44,40 @@ def render(facts: Facts, galleries: Galleries | None, ground_truth: GroundTruth,
     Raises:
         MissingPackageError: jinja2 is missing.
     """
-    jinja2 = require("jinja2", extra="report", purpose="The report")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"points": points, "shown": shown, "percent": _percent, "fixed": _fixed}
+    templates = environment()
     script = (_TEMPLATES / "script.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page: str = environment.get_template("page.html.j2").render(
+    page: str = templates.get_template("page.html.j2").render(
         facts=facts,
         galleries=galleries,
         names=names,
         version=__version__,
         # The template is the one place that may be trusted to hold markup; its script stands in it byte by byte.
-        script=jinja2.utils.markupsafe.Markup(script),
+        script=require("markupsafe", extra="report", purpose="The report").Markup(script),
         digest=digest,
         groups=_groups(facts),
         classes=_classes(facts, ground_truth),
         **_plots(facts),
     )
     return page
+
+
+def environment(*folders: Path) -> Any:
+    """What renders the templates of the report, and of further folders: all text escaped, numbers by filters.
+
+    Raises:
+        MissingPackageError: jinja2 is missing.
+    """
+    jinja2 = require("jinja2", extra="report", purpose="The report")
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, _TEMPLATES]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"points": points, "shown": shown, "percent": _percent, "fixed": _fixed}
+    return made
 
 
 def _plots(facts: Facts) -> dict[str, Any]:

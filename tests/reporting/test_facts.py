@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from iou_refiner.checks import DataError
 from iou_refiner.coco import Results
 from iou_refiner.evaluation.bootstrap import Comparison, compare
-from iou_refiner.report.facts import THRESHOLDS, measure
-from iou_refiner.report.fit import calibrate, fit
-from iou_refiner.report.gallery import best_score, most_changed
-from iou_refiner.report.verdict import verdict_of
+from iou_refiner.reporting.facts import THRESHOLDS, measure
+from iou_refiner.reporting.fit import calibrate, fit
+from iou_refiner.reporting.gallery import best_score, most_changed
+from iou_refiner.reporting.verdict import verdict_of
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 
 CASES = settings(deadline=None, max_examples=15)

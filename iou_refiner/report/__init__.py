@@ -1,4 +1,0 @@
-"""One page on before and after: the gain and whether to trust it, AP, errors, calibration, the images that changed."""
-
-from iou_refiner.report.making import Report as Report
-from iou_refiner.report.making import make_report as make_report
