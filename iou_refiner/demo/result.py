@@ -14,7 +14,7 @@ from iou_refiner.evaluation.tables import Table
 _SHOWN = ("AP", "AP50", "AP75", "AP90")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DemoResult(Table):
     """What the demo measured on images that neither detector nor head had seen.
 

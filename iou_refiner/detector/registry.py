@@ -53,7 +53,7 @@ def detector_from_spec(spec: str) -> Adapter:
     nothing runs (docs/trust.md).
 
     Args:
-        spec: ``adapter:name``, what the name means being up to the installed adapter: ``torchvision:NAME``,
+        spec: ``adapter:name``, the name being up to the installed adapter: ``torchvision:NAME[:WEIGHTS.pth]``,
             ``detectron2:CONFIG.yaml[:WEIGHTS]``, ``mmdet:CONFIG.py[:WEIGHTS]``, ``transformers:FOLDER_OR_NAME``,
             ``onnx:FILE``. Or ``package.module:function`` or ``file.py:function``, a function that returns a live
             detector or an adapter; packages are looked for in the working directory too. What follows another colon,

@@ -50,7 +50,7 @@ class CategoryAP:
     ap: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation(Table):
     """The COCO numbers of one set of detections.
 

@@ -29,7 +29,7 @@ _RECALLS = np.linspace(0, 1, 101)
 _CHUNK = 2_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Table):
     """Two sets of detections of the same images, and how sure their difference is.
 

@@ -34,6 +34,10 @@ class Table(ABC):
         above = [self.caption] if self.caption else []
         return "\n".join([*above, *("  ".join(cells).rstrip() for cells in padded)])
 
+    def __repr__(self) -> str:
+        """At a prompt: a table too, since these results hold millions of numbers."""
+        return str(self)
+
     def _repr_html_(self) -> str:
         """For notebooks. What stands in a cell is text, whatever it says."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.columns)

@@ -248,7 +248,7 @@ class IoUHead(nn.Module):
             raise ValueError("`labels` must be given: this head predicts one IoU per class.")
         if labels is None or not self.num_classes:
             return output.float()
-        by_class = output.float().unflatten(1, (self.num_classes, output.shape[1] // self.num_classes))
+        by_class = output.float().view(len(output), self.num_classes, output.shape[1] // self.num_classes)
         return by_class[torch.arange(len(labels), device=labels.device), labels]
 
     def to_iou(self, logits: Tensor) -> Tensor:

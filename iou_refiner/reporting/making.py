@@ -16,7 +16,7 @@ from iou_refiner.reporting.gallery import Galleries, make_galleries
 from iou_refiner.reporting.page import render
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report(Table):
     """A report on two sets of detections of the same images.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from iou_refiner.head.sibling_head import SiblingHead
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rescored(Table):
     """Better detections of many images.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from iou_refiner.head.checkpoint import Head
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained(Table):
     """A trained head.
 

@@ -176,8 +176,8 @@ def rows_of(bed: Bed, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
         for name in ("own", "stage"):
             pair = f"{one} - {other}, {name}"
             if (*about.values(), pair) not in done and (one, name) != ("joint then", "own"):
-                sides = [read_results(bed.folder(arm) / f"test-{name}.json") for arm in (other, one)]
-                yield {**about, "arm": pair, **compare(*sides, bed.truth("test")).to_dict()}
+                before, after = (read_results(bed.folder(arm) / f"test-{name}.json") for arm in (other, one))
+                yield {**about, "arm": pair, **compare(before, after, bed.truth("test")).to_dict()}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -146,7 +146,10 @@ class TestJointContract:
             with pytest.raises(RuntimeError, match="dtypes match"), torch.autocast("cpu", torch.bfloat16):
                 run(case, case.own_losses)
             return
+        dtypes = []
+        head.trunk.register_forward_hook(lambda module, given, embedding: dtypes.append(embedding.dtype))
         losses, _ = run(case, call)
+        assert dtypes == [torch.float32]
         for name in OURS:
             assert losses[name].dtype == torch.float32
             assert torch.isfinite(losses[name])

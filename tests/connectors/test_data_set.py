@@ -20,7 +20,7 @@ from iou_refiner.connectors.data_set import (
 )
 from iou_refiner.connectors.ids import read_foreign_results
 from tests.kit.coco_files import SETTINGS, assert_same, some_results
-from tests.kit.needs import DEV, needs_package
+from tests.kit.needs import needs_package
 from tests.kit.scenes import make_results, make_truth
 
 
@@ -45,7 +45,7 @@ def test_by_image_and_back_are_the_same_boxes(results: Results):
 
 
 def test_pandas_takes_the_columns():
-    pandas = needs_package("pandas", install=DEV)
+    pandas = needs_package("pandas", install="pip install -e '.[notebook]'")
     results = make_results([(3, 1, (1, 2, 30, 40), 0.5), (4, 2, (5, 6, 7, 8), 0.25)])
     table = pandas.DataFrame(columns_of_results(results))
     assert table.to_dict("list") == {

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iou_refiner import Detections, to_detections, to_numpy, to_supervision
-from tests.kit.needs import DEV, needs_package
+from tests.kit.needs import needs_package
 
 
 @st.composite
@@ -38,7 +38,7 @@ def assert_columns(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @given(columns=boxes_of_an_image())
 def test_every_form_leads_back_to_the_same_arrays(columns: dict[str, np.ndarray]):
-    sv = needs_package("supervision", install=DEV)
+    sv = needs_package("supervision", install="pip install -e '.[supervision]'")
     tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
     detections, out = to_detections(columns), to_supervision(columns)
     assert isinstance(detections, Detections)
@@ -52,7 +52,7 @@ def test_every_form_leads_back_to_the_same_arrays(columns: dict[str, np.ndarray]
 
 def test_supervision_filters_merges_and_draws_what_it_gets():
     """With its own functions: masks select rows with their IoU, and an annotator takes the names."""
-    sv = needs_package("supervision", install=DEV)
+    sv = needs_package("supervision", install="pip install -e '.[supervision]'")
     columns = {"boxes": [[0, 0, 9, 9], [4, 4, 20, 20.0]], "scores": [0.9, 0.4], "labels": [1, 3], "ious": [0.8, 0.6]}
     out = to_supervision(columns, class_names={1: "person"})
     assert out.data["class_name"].tolist() == ["person", "3"]
@@ -88,7 +88,7 @@ def test_columns_that_do_not_fit_are_refused(change: dict[str, Any], error: type
 
 
 def test_other_things_are_refused_by_name():
-    sv = needs_package("supervision", install=DEV)
+    sv = needs_package("supervision", install="pip install -e '.[supervision]'")
     with pytest.raises(TypeError, match="got int"):
         to_numpy(3)
     with pytest.raises(TypeError, match=r"`confidence` of these supervision\.Detections is None"):

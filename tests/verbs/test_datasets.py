@@ -103,3 +103,9 @@ def test_boxes_that_say_another_format_are_refused(tmp_path: Path):
 def test_a_stream_without_length_is_refused(tmp_path: Path):
     with pytest.raises(TypeError, match="must have a length"):
         write_dataset((item for item in ()), tmp_path)
+
+
+def test_floats_between_two_greys_become_the_nearer(tmp_path: Path):
+    picture = torch.tensor([[[10.4, 10.6], [0.0, 255.0]]]) / 255
+    (image,) = write_dataset([(picture, [])], tmp_path).images
+    assert np.asarray(PIL.open(tmp_path / image.file_name))[..., 0].tolist() == [[10, 11], [0, 255]]
