@@ -1,8 +1,8 @@
 """A hook of mkdocs: links that are right in the repository are right on the site, whose root is docs/.
 
-Pages link as the repository shows them; README.md,
-CHANGELOG.md and CONTRIBUTING.md, which are pages too, from its root.
-A link into docs/ is made relative to the page; one to a file outside (a test, a script) becomes the name of the file.
+Pages link as the repository shows them; README.md, CHANGELOG.md and CONTRIBUTING.md, which are pages too, from its
+root. A link into docs/ is made relative to the page; one to a file outside (a test, a script) becomes the name of the
+file. The roles of docstrings, as in :class:`Stage`, become plain code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from posixpath import normpath, relpath
 from typing import Any
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):<code>(?:~[\w.]*\.)?")
 _ROOT = Path(__file__).resolve().parents[1]
 _PAGES = {"CHANGELOG.md": "docs/changelog.md", "CONTRIBUTING.md": "docs/contributing.md", "README.md": "docs/index.md"}
 
@@ -32,6 +33,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return text if text.startswith("`") else f"{text} (`{path}`)"
 
     return _LINK.sub(rewritten, _with_snippets(markdown))
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """The page as HTML, without the roles of docstrings."""
+    return _ROLE.sub("<code>", content)
 
 
 def _places(source: str, target: str) -> tuple[str, str]:

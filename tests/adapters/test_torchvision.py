@@ -168,7 +168,9 @@ def test_weights_that_are_none_of_it_are_refused(content: Any, match: str, tmp_p
     path = tmp_path / "w.pth"
     if content == "odd":
         content = own("ssd300_vgg16").state_dict()
-        content["head.classification_head.module_list.0.weight"] = torch.ones(7, 512, 3, 3)
+        content["head.classification_head.module_list.0.weight"] = torch.ones(
+            24, 512, 3, 3
+        )  # of six classes, the others of five
     elif content == "cut":
         content = own("ssd300_vgg16").state_dict()
         del content["backbone.scale_weight"]

@@ -46,6 +46,7 @@ def test_the_reference_has_every_public_name(site: Path):
     reference = pages(site)["reference/index.html"]
     named = set(re.findall(r'<h3 id="iou_refiner[\w.]*\.(\w+)"', reference))
     assert set(iou_refiner.__all__) - {"__version__"} <= named
+    assert re.findall(r":\w+:<code>|<code>~", reference) == []
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path):
