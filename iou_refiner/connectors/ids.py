@@ -6,7 +6,6 @@ Some trainers save the number in a file's name as ``image_id`` (or the name itse
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ import numpy as np
 from iou_refiner.checks import DataError, check_choice, shown
 from iou_refiner.coco import GroundTruth, Results, read_results
 from iou_refiner.coco.data import IntArray
+from iou_refiner.coco.opening import opened
 from iou_refiner.connectors.data_set import results_of_records
 
 IMAGE_IDS = ("annotation", "file_name")
@@ -60,11 +60,12 @@ def read_foreign_results(
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
-        try:
-            records = json.load(stream)
-        except (ValueError, RecursionError, EOFError, OSError) as error:
-            raise DataError(f"{path}: is not whole JSON ({error}). Write it again.") from None
+    with opened(path) as stream:
+        data = stream.read_all()
+    try:
+        records = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not whole JSON ({error}). Write it again.") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: must hold one list of records, as COCO results do.")
     return records
