@@ -15,10 +15,7 @@ from torch import Tensor
 
 from iou_refiner.adapters.torchvision import _feature_maps, _unsuppressed
 from iou_refiner.adapters.twins import shallow
-from iou_refiner.detector.adapter import AddedLosses, TrainingImage
-
-# Boxes of each level that a one-stage detector proposes: more are hardly ever sampled, and sorting them costs.
-_PROPOSALS = 300
+from iou_refiner.detector.adapter import MOST_PROPOSALS, AddedLosses, TrainingImage
 
 
 def rcnn_training_twin(detector: Any, added: AddedLosses) -> Any:
@@ -31,7 +28,7 @@ def rcnn_training_twin(detector: Any, added: AddedLosses) -> Any:
         if heads.training:
             levels = [maps[name] for name in heads.box_roi_pool.featmap_names if name in maps]
             features = _feature_maps(detector, levels, image_sizes)
-            losses = _joined(losses, added(features, _images(proposed, targets)))
+            losses = {**added(features, _images(proposed, targets)), **losses}
         return results, losses
 
     return shallow(detector, roi_heads=shallow(heads, forward=forward))
@@ -56,7 +53,7 @@ def dense_training_twin(detector: Any, added: AddedLosses) -> Any:
         def compute_loss(targets: Any, outputs: dict[str, Tensor], anchors: list[Tensor], *rest: Any) -> Any:
             losses = detector.compute_loss(targets, outputs, anchors, *rest)
             images = _images(_proposals(detector, levels, outputs, anchors, sizes), targets)
-            return _joined(losses, added(_feature_maps(detector, levels, sizes), images))
+            return {**added(_feature_maps(detector, levels, sizes), images), **losses}
 
         parts = {"head": shallow(detector.head, forward=record), "transform": shallow(detector.transform)}
         parts["transform"].forward = prepare
@@ -75,9 +72,9 @@ def _proposals(
 ) -> list[Tensor]:
     """The boxes of each image that the detector is surest of, (P, 4): decoded as it does for its detections."""
     outputs = {name: output.detach() for name, output in outputs.items()}
-    most, by_level, boxes = _PROPOSALS, cast(Any, outputs), cast(Any, anchors)
+    most, by_level, boxes = MOST_PROPOSALS, cast(Any, outputs), cast(Any, anchors)
     if hasattr(detector.anchor_generator, "steps"):  # SSD counts its best boxes class by class, over all levels
-        most = max(1, len(levels) * _PROPOSALS // outputs["cls_logits"].shape[-1])
+        most = max(1, len(levels) * MOST_PROPOSALS // outputs["cls_logits"].shape[-1])
     else:
         cells = [level.shape[2] * level.shape[3] for level in levels]
         of_cell = outputs["cls_logits"].shape[1] // sum(cells)
@@ -93,8 +90,3 @@ def _images(proposals: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -
         TrainingImage.of(boxes, (target["boxes"], target["labels"]))
         for boxes, target in zip(proposals, targets, strict=True)
     ]
-
-
-def _joined(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Both; a loss of the detector is never replaced."""
-    return {**others, **own}

@@ -23,6 +23,10 @@ def no_progress(phase: str, done: int, total: int) -> None:
     """The :class:`Progress` that nobody watches."""
 
 
+def no_note(text: str) -> None:
+    """What is told notes where nobody reads them."""
+
+
 @contextmanager
 def progress_bars(*, enabled: bool = True) -> Iterator[Progress]:
     """A bar for each phase: in the cell of a notebook, else on stderr; none where nobody watches."""

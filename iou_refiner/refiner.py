@@ -68,9 +68,7 @@ class IoURefiner(nn.Module):
                 raise ValueError(f"Settings of the stage ({names}) need a `head`.")
             return
         self.head = load_head(head) if isinstance(head, (str, Path)) else head
-        check_head(self.head, self.adapter)
-        self.head.to(self.adapter.device).eval()
-        self.stage = Stage(self.head, settings, own_threshold=self.adapter.nms_threshold, **changes)
+        self.stage = stage_on(self.adapter, self.head.eval(), settings, **changes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the detector's own call; boxes, scores and labels are the stage's. No images give no results.
@@ -148,6 +146,20 @@ class IoURefiner(nn.Module):
         """The detector with the stage in it, as an object of the framework's own class, for code that asks for one
         (``inference_detector`` of mmdet). It shares all weights with the detector, which stays as it is."""
         return self.detector if self.stage is None else self.adapter.twin(self._suppress)
+
+
+def stage_on(adapter: Adapter, head: Head, settings: StageSettings | None = None, **changes: Any) -> Stage:
+    """The stage that stands in the place of a detector's suppression; the head goes to the detector's device.
+
+    Args:
+        adapter: the detector.
+        head, settings, changes: as for :class:`Stage`.
+
+    Raises:
+        DataError: the head was trained on another detector. ValueError: as :class:`Stage`.
+    """
+    check_head(head, adapter)
+    return Stage(head.to(adapter.device), settings, own_threshold=adapter.nms_threshold, **changes)
 
 
 def check_head(head: Head, adapter: Adapter) -> None:

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from iou_refiner import FeatureMaps
 from iou_refiner.adapters.twins import shallow
-from iou_refiner.detector.adapter import AddedLosses, TrainingImage
-
-# Boxes of each level that a one-stage detector proposes: more are hardly ever sampled, and sorting them costs.
-_PROPOSALS = 300
+from iou_refiner.detector.adapter import MOST_PROPOSALS, AddedLosses, TrainingImage
 
 
 def training_twin(detector: Any, added: AddedLosses) -> Any:
@@ -44,7 +41,7 @@ def _dense_twin(detector: Any, added: AddedLosses, strides: Sequence[float]) -> 
     from iou_refiner.adapters.detectron2.adapter import _unsuppressed
 
     twin, unsure = shallow(detector), _unsuppressed(detector)
-    vars(unsure).update(test_score_thresh=0.0, test_topk_candidates=_PROPOSALS)
+    vars(unsure).update(test_score_thresh=0.0, test_topk_candidates=MOST_PROPOSALS)
 
     def forward_training(images: Any, features: list[Tensor], predictions: Any, gt_instances: list[Any]) -> Any:
         losses = detector.forward_training(images, features, predictions, gt_instances)

@@ -80,18 +80,16 @@ def rescore_without_detector(
         console: of the command.
     """
     from iou_refiner.coco import Results, read_images, read_results, write_results
-    from iou_refiner.rescoring import rescore_saved, saved_likeness
-    from iou_refiner.siblings.likeness import check_likeness
-    from iou_refiner.stage.stage import Stage
+    from iou_refiner.rescoring import check_saved, rescore_saved, stage_without_detector
 
     results = read_results(detections)
     if check and ann is not None:
         from iou_refiner.validation.validate import check_before
 
         check_before(results, read_images(ann), detections)
-    if check and len(results):
-        check_likeness(head.metadata.candidates, saved_likeness(results, head.siblings.config), str(detections))
-    stage = Stage(head, settings, own_threshold=head.metadata.training.get("nms_threshold", 0.5))
+    if check:
+        check_saved(head, results, str(detections))
+    stage = stage_without_detector(head, settings)
     console.after_interrupt = f"{output} was not written, and nothing is kept: this takes a minute for a million boxes."
     parts = rescore_saved(stage, results)
     images = list(results.by_image())

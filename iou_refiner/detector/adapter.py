@@ -44,6 +44,9 @@ class TrainingImage:
         return cls(boxes[0], boxes[1], gt[1].long(), boxes[2], ignored[1].long())
 
 
+#: Boxes of each level that a one-stage detector proposes: more are hardly ever sampled, and sorting them costs.
+MOST_PROPOSALS = 300
+
 #: What is learned beside the detector's own losses: the features of a batch, with gradients, and its images in; losses
 #: by name out, which are added to those of the detector.
 AddedLosses = Callable[[FeatureMaps, list[TrainingImage]], dict[str, Tensor]]

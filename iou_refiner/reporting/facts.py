@@ -12,14 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from iou_refiner.checks import check_number, check_positive
 from iou_refiner.coco import GroundTruth, Results
 from iou_refiner.coco.data import FloatArray
-from iou_refiner.evaluation.ap import METRICS, check, match, summary
-from iou_refiner.evaluation.bootstrap import (
-    MOST_RESAMPLES,
-    Comparison,
-    curves,
-    interval,
-    resampled_metrics,
-)
+from iou_refiner.evaluation.ap import check, match
+from iou_refiner.evaluation.bootstrap import MOST_RESAMPLES, Comparison, Resampled, difference
 from iou_refiner.evaluation.true_iou import true_iou
 from iou_refiner.files import finite
 from iou_refiner.progress import Progress, no_progress
@@ -117,17 +111,14 @@ def measure(
     check_positive("max_dets", max_dets)
     check_number("resamples", resamples, 0, MOST_RESAMPLES, whole=True)
     check(ground_truth, before=before, after=after)
-    sides, evaluations, draws = [], [], []
+    sides, resampled = [], []
     for number, (name, results) in enumerate((("before", before), ("after", after))):
         progress("measuring", number, 2)
         evaluator = match(results, ground_truth, max_dets)
-        evaluations.append(summary(evaluator, len(results)))
-        # Drawn anew for each side, from one seed: the same images for both.
-        draws.append(resampled_metrics(curves(evaluator), evaluations[-1].images, resamples, seed))
+        resampled.append(Resampled.of(evaluator, len(results), resamples, seed))
         sides.append(_side(name, evaluator, results, ground_truth))
     progress("measuring", 2, 2)
-    intervals = {name: interval(draws[1][name] - draws[0][name]) for name in METRICS}
-    comparison = Comparison(evaluations[0], evaluations[1], intervals, resamples, seed)
+    comparison = difference(resampled[0], resampled[1])
     ids = tuple(int(number) for number in evaluator.params.imgIds)
     objects = int(sides[0].matching.judged.sum())
     return Facts(comparison, verdict_of(comparison), sides[0], sides[1], objects, ids)

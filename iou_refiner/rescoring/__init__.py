@@ -9,6 +9,8 @@ from iou_refiner.rescoring.dump import dump_candidates as dump_candidates
 from iou_refiner.rescoring.records import category_map as category_map
 from iou_refiner.rescoring.records import to_results as to_results
 from iou_refiner.rescoring.rescore import rescore as rescore
+from iou_refiner.rescoring.saved import check_saved as check_saved
 from iou_refiner.rescoring.saved import rescore_saved as rescore_saved
 from iou_refiner.rescoring.saved import saved_candidates as saved_candidates
 from iou_refiner.rescoring.saved import saved_likeness as saved_likeness
+from iou_refiner.rescoring.saved import stage_without_detector as stage_without_detector

@@ -10,10 +10,12 @@ import torch
 
 from iou_refiner.coco import Results, xywh_to_xyxy, xyxy_to_xywh
 from iou_refiner.coco.data import spread_rows
+from iou_refiner.head.sibling_head import SiblingHead
 from iou_refiner.rescoring.rescore import other_keys, placed
 from iou_refiner.siblings.config import SiblingConfig
-from iou_refiner.siblings.likeness import likeness
+from iou_refiner.siblings.likeness import check_likeness, likeness
 from iou_refiner.stage.by_siblings import clusters_of_image
+from iou_refiner.stage.settings import StageSettings
 from iou_refiner.stage.stage import Stage
 from iou_refiner.structures import Detections
 
@@ -29,6 +31,20 @@ def saved_candidates(results: Results) -> Detections:
         labels=torch.from_numpy(results.category_id),
         source=torch.arange(len(results)),
     )
+
+
+def check_saved(head: SiblingHead, results: Results, what: str) -> None:
+    """Raise DataError where candidates, called ``what``, are unlike those that a head was trained on."""
+    if len(results):
+        check_likeness(head.metadata.candidates, saved_likeness(results, head.siblings.config), what)
+
+
+def stage_without_detector(head: SiblingHead, settings: StageSettings | None = None, **changes: Any) -> Stage:
+    """The stage for saved candidates; what it does not judge gets a greedy NMS at the threshold best on val.
+
+    Args, Raises: as :class:`Stage`.
+    """
+    return Stage(head, settings, own_threshold=head.metadata.training.get("nms_threshold", 0.5), **changes)
 
 
 def rescore_saved(stage: Stage, results: Results) -> Iterator[Results]:

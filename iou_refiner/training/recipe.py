@@ -17,7 +17,7 @@ from iou_refiner.head.checkpoint import save_head
 from iou_refiner.head.config import HeadConfig, HeadMetadata, TrainedCategory
 from iou_refiner.head.iou_head import IoUHead
 from iou_refiner.parallel.ranks import current
-from iou_refiner.progress import Progress, no_progress
+from iou_refiner.progress import Progress, no_note, no_progress
 from iou_refiner.rescoring import dump_candidates, rescore
 from iou_refiner.siblings.config import SiblingConfig
 from iou_refiner.siblings.sibling_net import SiblingNet
@@ -88,7 +88,7 @@ def train(
     """
     settings = (settings or TrainSettings()).of(len(train_data[0].images))
     if not current().first:
-        note, progress = _silent, no_progress
+        note, progress = no_note, no_progress
     categories = _check_data(adapter, train_data[0], val_data[0] if val_data else None)
     output_dir.mkdir(parents=True, exist_ok=True)
     sets = _training_sets(
@@ -104,7 +104,9 @@ def train(
     if siblings and current().first:
         _listen_to_siblings(head, sets[0], siblings, output_dir, seed, progress)
     if val_data and current().first:
-        choice = _choose(head, sets[1].source.load, val_data[0], adapter, output_dir, seed, progress)
+        choice = choose_on(head, sets[1].source.load, val_data[0], adapter, seed=seed, progress=progress)
+        choice.keep_in(head)
+        save_head(head, output_dir / "head.safetensors")
         history = [*history[:-1], history[-1] | choice.metrics()]
         choice.say(len(val_data[0].images), note)
     current().wait()
@@ -155,10 +157,6 @@ def _new_head(
     return IoUHead(features.channels, features.strides, config, num_classes=num_classes, metadata=about)
 
 
-def _silent(text: str) -> None:
-    """The note of a process that is not the first."""
-
-
 def _check_data(
     adapter: Adapter, train_truth: GroundTruth, val_truth: GroundTruth | None
 ) -> tuple[TrainedCategory, ...]:
@@ -170,26 +168,31 @@ def _check_data(
     return trained_categories(adapter.category_ids, train_truth)
 
 
-def _choose(
+def choose_on(
     head: IoUHead,
     source: FeatureSource,
     truth: GroundTruth,
     adapter: Adapter,
-    output_dir: Path,
-    seed: int,
-    progress: Progress,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
 ) -> Choice:
-    """Choose on val what the stage is to do, and keep the choice in the head and its file."""
+    """What the stage is best to do with a head on these images, see :func:`choose_settings`.
+
+    Args:
+        head: the trained head.
+        source: the features of the images.
+        truth: their annotation.
+        adapter: the detector.
+        seed, progress: as of :func:`choose_settings`.
+    """
     candidates = Results.concat(dump_candidates(source, adapter.category_ids, truth))
 
     def run(stage_settings: StageSettings) -> Results:
         stage = Stage(head, stage_settings, own_threshold=adapter.nms_threshold)
         return Results.concat(rescore(source, adapter.category_ids, stage, candidates, truth))
 
-    choice = choose_settings(head, run, truth, own_threshold=adapter.nms_threshold, seed=seed, progress=progress)
-    choice.keep_in(head)
-    save_head(head, output_dir / "head.safetensors")
-    return choice
+    return choose_settings(head, run, truth, own_threshold=adapter.nms_threshold, seed=seed, progress=progress)
 
 
 def _check_fit(config: HeadConfig | None, features: FeatureMaps) -> None:

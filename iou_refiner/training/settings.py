@@ -49,19 +49,12 @@ class TrainSettings:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        numbers = {name: getattr(self, name) for name in _MOST if (name, self.views) != ("views", "auto")}
-        if isinstance(self.views, str) and self.views != "auto":
-            raise ValueError(f'`views` must be a number or "auto", got {self.views!r}.')
-        for name, value in numbers.items():
-            if name != "weight_decay":
-                check_positive(name, value)
         check_fraction("candidate_share", self.candidate_share)
         if not LOWEST_IOU <= self.jitter_min_iou <= 1:
             raise ValueError(f"`jitter_min_iou` must lie in [{LOWEST_IOU}, 1], got {self.jitter_min_iou!r}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"`weight_decay` must be 0 or more, got {self.weight_decay!r}.")
-        for name, value in numbers.items():
-            check_number(name, value, 0, _MOST[name], whole=name not in ("lr", "weight_decay"))
+        check_within(self, _MOST, auto="views")
 
     def views_of(self, images: int) -> int:
         """How many views there are of each of so many images."""
@@ -72,3 +65,18 @@ class TrainSettings:
     def of(self, images: int) -> TrainSettings:
         """These settings with the number of views that they mean for so many images."""
         return replace(self, views=self.views_of(images))
+
+
+def check_within(settings: object, most: dict[str, float], *, auto: str) -> None:
+    """Raise ValueError unless the numbers of a training are above 0, whole but for rates, and no larger than ``most``.
+
+    The one called ``auto`` may be "auto" instead, and the weight decay may be 0.
+    """
+    numbers = {name: getattr(settings, name) for name in most if (name, getattr(settings, name)) != (auto, "auto")}
+    if isinstance(numbers.get(auto), str):
+        raise ValueError(f'`{auto}` must be a number or "auto", got {numbers[auto]!r}.')
+    for name, value in numbers.items():
+        if name != "weight_decay":
+            check_positive(name, value)
+    for name, value in numbers.items():
+        check_number(name, value, 0, most[name], whole=name not in ("lr", "weight_decay"))

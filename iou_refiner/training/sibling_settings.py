@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from iou_refiner.checks import check_fraction, check_number, check_positive
+from iou_refiner.checks import check_fraction
+from iou_refiner.training.settings import check_within
 
 # Images, counted in each pass, that are enough to learn from.
 _ENOUGH = 16_000
@@ -37,16 +38,9 @@ class SiblingSettings:
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, str) and self.epochs != "auto":
-            raise ValueError(f'`epochs` must be a number or "auto", got {self.epochs!r}.')
-        numbers = {name: getattr(self, name) for name in _MOST if (name, self.epochs) != ("epochs", "auto")}
-        for name, value in numbers.items():
-            if name != "weight_decay":
-                check_positive(name, value)
         for name in ("sibling_dropout", "embedding_dropout"):
             check_fraction(name, getattr(self, name))
-        for name, value in numbers.items():
-            check_number(name, value, 0, _MOST[name], whole=name in ("epochs", "batch_size"))
+        check_within(self, _MOST, auto="epochs")
 
     def epochs_of(self, images: int) -> int:
         """Passes over so many images."""

@@ -18,7 +18,7 @@ from iou_refiner.coco.data import GroundTruthFile
 from iou_refiner.coco.ground_truth import to_ground_truth
 from iou_refiner.connectors.data_set import results_of_images, results_of_records
 from iou_refiner.connectors.ids import read_foreign_results
-from iou_refiner.progress import Progress, no_progress, progress_bars
+from iou_refiner.progress import Progress, no_note, no_progress, progress_bars
 from iou_refiner.validation.validate import check_before
 
 if TYPE_CHECKING:
@@ -169,11 +169,7 @@ def as_device(device: Any, detector: Any = None) -> torch.device:
 def watched(progress: bool | Progress) -> Iterator[tuple[Progress, Callable[[str], None]]]:
     """What reports progress, and what is told notes: bars and stderr for True, nothing for False."""
     if progress is not True:
-        yield (no_progress, _silent) if progress is False else (progress, _silent)
+        yield (no_progress, no_note) if progress is False else (progress, no_note)
         return
     with progress_bars() as bars:
         yield bars, lambda text: print(text, file=sys.stderr)
-
-
-def _silent(text: str) -> None:
-    """The note that nobody reads."""

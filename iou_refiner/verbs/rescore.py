@@ -159,19 +159,16 @@ def _alone(
     ids: dict[str, Any],
 ) -> Rescored:
     """By the siblings of each candidate: no detector, no images."""
-    from iou_refiner.rescoring import rescore_saved, saved_likeness
-    from iou_refiner.siblings.likeness import check_likeness
-    from iou_refiner.stage.stage import Stage
+    from iou_refiner.rescoring import check_saved, rescore_saved, stage_without_detector
 
     with data_of({"images": [], "annotations": [], "categories": []} if annotations is None else annotations, None) as (
         truth, _,
     ):  # fmt: skip
         known = annotations is not None
         results = as_results(detections, truth, objects=False, **{**ids, "check": ids["check"] and known})
-    if ids["check"] and len(results):
-        here = saved_likeness(results, head.siblings.config)
-        check_likeness(head.metadata.candidates, here, "These candidates")
-    stage = Stage(head, settings, own_threshold=head.metadata.training.get("nms_threshold", 0.5), **changes)
+    if ids["check"]:
+        check_saved(head, results, "These candidates")
+    stage = stage_without_detector(head, settings, **changes)
     order = tuple(results.by_image())
     with watched(progress) as (bars, _):
         return _collected(rescore_saved(stage, results), stage, order, bars)
@@ -193,16 +190,14 @@ class _Run:
     ) -> Rescored:
         """By what the detector's features say of each candidate."""
         from iou_refiner.detector.sources import feature_source
-        from iou_refiner.refiner import check_head
+        from iou_refiner.refiner import stage_on
         from iou_refiner.rescoring import rescore as rescored
-        from iou_refiner.stage.stage import Stage
 
         with_records = self.results.by_image()
         used = [image for image in self.truth.images if image.id in with_records]
         check_images_exist(self.folder, used)
         adapter = as_detector(detector, as_device(self.device, detector))
-        check_head(head, adapter)
-        stage = Stage(head.to(adapter.device), settings, own_threshold=adapter.nms_threshold, **changes)
+        stage = stage_on(adapter, head, settings, **changes)
         source = feature_source(adapter, self.folder, self.cache)
         parts = rescored(source, adapter.category_ids, stage, self.results, self.truth, used)
         return _collected(parts, stage, tuple(image.id for image in used), self.bars)

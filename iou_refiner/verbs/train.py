@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iou_refiner.detector.loading import Loading
+from iou_refiner.evaluation.ap import plain
 from iou_refiner.evaluation.tables import Table
 from iou_refiner.head.config import HeadConfig
 from iou_refiner.progress import Progress
@@ -54,8 +55,7 @@ class Trained(Table):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for json; None for what is no number."""
-        history = [{name: None if v != v else v for name, v in epoch.items()} for epoch in self.history]
-        return {"head": str(self.head), "history": history}
+        return {"head": str(self.head), "history": [plain(epoch) for epoch in self.history]}
 
 
 def train(

@@ -41,9 +41,9 @@ from iou_refiner.evaluation.bootstrap import compare
 from iou_refiner.files import to_json
 from iou_refiner.rescoring import dump_candidates, rescore
 from iou_refiner.stage.stage import Stage
+from iou_refiner.training.recipe import choose_on
 from iou_refiner.training.recipe import train as train_alone
 from iou_refiner.training.samples import TrainingSet
-from iou_refiner.training.tuning import choose_settings
 from scripts.paths import ROOT
 from scripts.results.pearson import pearson_of_images
 from scripts.results.tables import change
@@ -112,7 +112,7 @@ def head_of(bed: Bed, arm: str, adapter: TorchvisionAdapter) -> IoUHead:
         if arm == "joint":
             head: Any = load_head(bed.folder(arm) / f"head-{bed.epochs:02}.safetensors")
             source = cached(bed, arm, adapter, "val")
-            choose(head, source, bed.truth("val"), adapter, bed.seed).keep_in(head)
+            choose_on(head, source.load, bed.truth("val"), adapter, seed=bed.seed).keep_in(head)
             save_head(head, folder / "head.safetensors")
         else:
             settings = TrainSettings(views=bed.epochs, epochs=1, batch_size=bed.batch_size)
@@ -133,17 +133,6 @@ def cached(bed: Bed, arm: str, adapter: TorchvisionAdapter, split: str) -> Cache
     for _ in source.fill(bed.truth(split).images, view=0):
         pass
     return source
-
-
-def choose(head: IoUHead, source: CachedFeatures, truth: GroundTruth, adapter: TorchvisionAdapter, seed: int) -> Any:
-    """The settings that are best on val, as ``train`` chooses them."""
-    candidates = Results.concat(dump_candidates(source.load, adapter.category_ids, truth))
-
-    def run(settings: StageSettings) -> Results:
-        stage = Stage(head, settings, own_threshold=adapter.nms_threshold)
-        return Results.concat(rescore(source.load, adapter.category_ids, stage, candidates, truth))
-
-    return choose_settings(head, run, truth, own_threshold=adapter.nms_threshold, seed=seed)
 
 
 def measured(bed: Bed, arm: str) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iou_refiner.coco import GroundTruth, Results
-from iou_refiner.evaluation import bootstrap
+from iou_refiner.evaluation import resampling
 from iou_refiner.evaluation.ap import METRICS, evaluate, match
-from iou_refiner.evaluation.bootstrap import compare, curves, resample, resampled_metrics, weighted_metrics
+from iou_refiner.evaluation.bootstrap import compare
+from iou_refiner.evaluation.resampling import curves, resample, resampled_metrics, weighted_metrics
 from tests.kit.scenes import make_results, make_truth, scene, seeds
 
 
@@ -67,7 +68,7 @@ def test_some_draws_at_a_time_give_the_same_bits(seed, resamples, at_once):
     images = len(truth.images)
     whole = weighted_metrics(rows, resample(images, resamples, seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "_CHUNK", at_once * max(images, sum(len(row) * 10 for row in rows)))
+        patch.setattr(resampling, "_CHUNK", at_once * max(images, sum(len(row) * 10 for row in rows)))
         parts = resampled_metrics(rows, images, resamples, seed)
     assert {name: values.tobytes() for name, values in parts.items()} == {
         name: values.tobytes() for name, values in whole.items()
@@ -126,7 +127,7 @@ def test_the_seed_decides_and_the_chunks_do_not(monkeypatch):
     truth, before = scene(2, ties=True)
     after = replace(before, score=before.score[::-1].copy())
     first = compare(before, after, truth, resamples=40, seed=1)
-    monkeypatch.setattr(bootstrap, "_CHUNK", 7)
+    monkeypatch.setattr(resampling, "_CHUNK", 7)
     assert compare(before, after, truth, resamples=40, seed=1).intervals == first.intervals
     assert compare(before, after, truth, resamples=40, seed=2).intervals != first.intervals
 

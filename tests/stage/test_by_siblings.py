@@ -18,6 +18,7 @@ from iou_refiner.head.sibling_head import SiblingHead
 from iou_refiner.siblings.clusters import Clusters, reach
 from iou_refiner.siblings.config import SiblingConfig
 from iou_refiner.stage.nms import nms
+from tests.kit.accounts import assert_every_box_is_accounted_for
 from tests.kit.crowds import SMALL, make_crowd, opinionated
 from tests.kit.fixtures import relabelled
 from tests.kit.toys import SIZE, ToyScene, make_scene
@@ -260,21 +261,5 @@ _rows = st.lists(st.tuples(st.tuples(_edge, _edge, _edge, _edge), _score, st.int
 def test_every_box_is_accounted_for_and_what_comes_out_is_finite(images, make, most, labels, every):
     levels = torch.rand(len(images), 4, 8, 8), torch.rand(len(images), 4, 4, 4)
     features = None if make is boxes_only else FeatureMaps(levels, (1, 2), ((8, 8),) * len(images))
-    candidates = [
-        Detections(
-            torch.tensor([box for box, _, _ in rows]).reshape(-1, 4),
-            torch.tensor([score for _, score, _ in rows]),
-            torch.tensor([label for _, _, label in rows], dtype=torch.int64),
-        )
-        for rows in images
-    ]
     stage = Stage(make(*labels), BY_SIBLINGS, max_candidates=most, all_categories=every)
-    detections = stage(features, candidates)
-    counts = stage.summary
-    assert counts.candidates == sum(map(len, candidates))
-    assert counts.detections == sum(map(len, detections))
-    assert counts.suppressed >= 0
-    assert counts.candidates == counts.detections + counts.suppressed + sum(counts.dropped.values())
-    for image in detections:
-        for column in (image.boxes, image.scores, image.ious):
-            assert torch.isfinite(column).all()
+    assert_every_box_is_accounted_for(stage, features, images)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from iou_refiner import DataError, Detections, FeatureMaps, HeadConfig, IoUHead, Stage, StageSettings
 from iou_refiner.head.config import HeadMetadata, TrainedCategory
 from iou_refiner.stage.nms import nms
+from tests.kit.accounts import assert_every_box_is_accounted_for
 from tests.kit.fixtures import relabelled
 from tests.kit.toys import ToyScene, make_scene
 
@@ -119,24 +120,8 @@ def test_every_box_is_accounted_for_and_what_comes_out_is_finite(images, chosen,
     features = FeatureMaps(
         (torch.rand(len(images), 4, 8, 8), torch.rand(len(images), 4, 4, 4)), (1, 2), ((8, 8),) * len(images)
     )
-    candidates = [
-        Detections(
-            torch.tensor([box for box, _, _ in rows]).reshape(-1, 4),
-            torch.tensor([score for _, score, _ in rows]),
-            torch.tensor([label for _, _, label in rows], dtype=torch.int64),
-        )
-        for rows in images
-    ]
     stage = Stage(trained_on(*labels), chosen.replace(max_candidates=most))
-    detections = stage(features, candidates)
-    counts = stage.summary
-    assert counts.candidates == sum(map(len, candidates))
-    assert counts.detections == sum(map(len, detections))
-    assert counts.suppressed >= 0
-    assert counts.candidates == counts.detections + counts.suppressed + sum(counts.dropped.values())
-    for image in detections:
-        for column in (image.boxes, image.scores, image.ious):
-            assert torch.isfinite(column).all()
+    assert_every_box_is_accounted_for(stage, features, images)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from iou_refiner.stage.settings import StageSettings
 
 if TYPE_CHECKING:
     from iou_refiner.coco import Results
-    from iou_refiner.detector.adapter import Adapter
     from iou_refiner.head.checkpoint import Head
     from iou_refiner.head.iou_head import IoUHead
     from iou_refiner.stage.stage import Stage
@@ -103,6 +102,7 @@ def _rescore_with_detector(
 ) -> int:
     from iou_refiner.coco import read_images, read_results
     from iou_refiner.detector.sources import feature_source
+    from iou_refiner.refiner import stage_on
     from iou_refiner.rescoring import rescore as rescored
 
     results, ground_truth = read_results(inputs.detections), read_images(inputs.ann)
@@ -114,7 +114,7 @@ def _rescore_with_detector(
     used = [image for image in ground_truth.images if image.id in with_records]
     check_images(inputs.images, used, outputs=[output])
     adapter = detector_on(inputs.detector, console)
-    stage = _stage(head, settings, adapter)
+    stage = stage_on(adapter, head, settings)
     _note_suppressed(inputs.detections, results, stage, console)
     identity = run_identity(
         adapter, inputs.detector, used, console, cached=cache is not None, command="rescore",
@@ -149,14 +149,6 @@ def _read_head(head: Path, preset: str, changes: Any, console: Console) -> tuple
             return loaded, Stage(loaded, _PRESETS[preset], **asdict(changes)).settings
         except DataError as error:
             raise DataError(f"{head}: {error} Or name a --preset.") from None
-
-
-def _stage(head: IoUHead, settings: StageSettings, adapter: Adapter) -> Stage:
-    from iou_refiner.refiner import check_head
-    from iou_refiner.stage.stage import Stage
-
-    check_head(head, adapter)
-    return Stage(head.to(adapter.device), settings, own_threshold=adapter.nms_threshold)
 
 
 def _note_suppressed(path: Path, results: Results, stage: Stage, console: Console) -> None:
